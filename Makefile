@@ -1,0 +1,49 @@
+# What people and CI run. Every target works inside .venv, which is made from requirements.lock on first use.
+# PYTHON is the interpreter that requirements.lock was resolved for.
+PYTHON ?= python3.11
+BIN := $(CURDIR)/.venv/bin
+INSTALLED := .venv/.installed
+
+# DVC starts stages as `python -m stages.NAME`: that has to be this Python.
+export PATH := $(BIN):$(PATH)
+# MLflow and the tools under it send usage statistics unless told not to.
+export DO_NOT_TRACK := true
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.DEFAULT_GOAL := help
+.PHONY: help repro smoke test check mlflow
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+repro: $(INSTALLED) ## Run what is out of date, time the models, log to MLflow
+	$(BIN)/dvc repro
+	$(BIN)/q2t measure
+	$(BIN)/q2t track
+	@echo "Report: $(CURDIR)/reports/index.html"
+
+# Deleted files are in both lists, and `uniq -u` drops what is there twice.
+smoke: $(INSTALLED) ## Run every stage on a tiny model, in a temporary copy
+	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
+	{ git ls-files -coz --exclude-standard; git ls-files -dz; } | sort -z | uniq -zu \
+	    | tar -c --null -T - | tar -x -C "$$copy" && \
+	cd "$$copy" && export PYTHONPATH="$$copy" && git init -q && \
+	$(BIN)/q2t profile smoke && $(BIN)/dvc repro && $(BIN)/q2t measure
+
+test: $(INSTALLED) ## Run the fast tests
+	$(BIN)/python -m pytest -q
+
+check: $(INSTALLED) ## Lint, format check and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+mlflow: $(INSTALLED) ## Open the MLflow UI on 127.0.0.1:5000
+	@store=$$($(BIN)/python -c 'from q2t.tracking import init_store; print(init_store().client.tracking_uri)') && \
+	$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri "$$store"
