@@ -1,0 +1,1 @@
+"""Electronic circuits: values, real parts, and problems about them."""

@@ -1,0 +1,205 @@
+"""Choosing a part from a closed list of real ones: MOSFET and linear regulator."""
+
+import random
+from typing import Any, ClassVar
+
+from q2t.capability.electronics.catalog import Part
+from q2t.capability.family import Family
+from q2t.records import Json, Problem, Split, Verdict
+
+LETTERS = "ABCD"
+CURRENT_MARGIN = 2
+"""The catalogue's currents agree with distributors' in 84% of the parts: ask with a margin that covers the rest."""
+VOLTAGE_MARGIN = 1.5
+SHARES: dict[Split, float] = {"lessons": 0.5, "questions": 0.25, "test": 0.15, "dev": 0.1}
+"""How a kind's parts are divided among the splits, whole root symbols at a time."""
+
+
+def partition(parts: list[Part]) -> dict[Split, list[Part]]:
+    """Parts by split. A part and its variants, which share a root symbol, are never in two splits.
+
+    Roots go, largest first, to the split that is furthest behind its share.
+    """
+    by_root: dict[str, list[Part]] = {}
+    for part in sorted(parts, key=lambda p: p.name):
+        by_root.setdefault(part.root, []).append(part)
+    divided: dict[Split, list[Part]] = {split: [] for split in SHARES}
+    for _, variants in sorted(by_root.items(), key=lambda item: (-len(item[1]), item[0])):
+        behind = max(SHARES, key=lambda s: SHARES[s] * len(parts) - len(divided[s]))
+        divided[behind].extend(variants)
+    return divided
+
+
+class Selection(Family):
+    """Exactly one of four candidates meets all constraints; the answer is its name."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts = [p for p in parts if p.kind == self.kind and self.usable(p)]
+
+    def usable(self, part: Part) -> bool:
+        raise NotImplementedError
+
+    def for_split(self, split: Split) -> "Selection":
+        return type(self)(partition(self.parts)[split])
+
+    def fits(self, part: Part, need: dict[str, Any]) -> bool:
+        raise NotImplementedError
+
+    def need(self, rng: random.Random) -> dict[str, Json]:
+        raise NotImplementedError
+
+    def draw(self, rng: random.Random) -> dict[str, Json]:
+        for _ in range(1000):
+            need = self.need(rng)
+            fitting = [p for p in self.parts if self.fits(p, need)]
+            others = self.distractors(need)
+            if fitting and len(others) >= 3:
+                break
+        else:
+            raise ValueError(f"{self.name}: no constraint tells {len(self.parts)} parts apart; add parts to the catalogue")
+        chosen = [rng.choice(fitting), *rng.sample(others, 3)]
+        rng.shuffle(chosen)
+        return {
+            **need,
+            "candidates": [[p.name, p.voltage, p.current] for p in chosen],
+        }
+
+    def distractors(self, need: dict[str, Any]) -> list[Part]:
+        return [p for p in self.parts if not self.fits(p, need)]
+
+    def candidates(self, inputs: dict[str, Any]) -> str:
+        return "; ".join(
+            f"{letter} {name} {voltage:g} V {current:g} A"
+            for letter, (name, voltage, current) in zip(LETTERS, inputs["candidates"], strict=True)
+        )
+
+    def accepts(self, voltage: float, current: float, inputs: dict[str, Any]) -> bool:
+        raise NotImplementedError
+
+    def answer(self, inputs: dict[str, Any]) -> str:
+        (name,) = [n for n, v, i in inputs["candidates"] if self.accepts(v, i, inputs)]
+        return name
+
+    def check(self, inputs: dict[str, Any]) -> dict[str, Json]:
+        names = [name for name, _, _ in inputs["candidates"]]
+        return {"kind": "choice", "expected": self.answer(inputs), "candidates": names}
+
+    @staticmethod
+    def verify(problem: Problem, answer: str) -> Verdict:
+        name = answer.strip()
+        if name not in problem.check["candidates"]:  # type: ignore[operator]
+            return Verdict(correct=False, rule="not_a_candidate", measured=name[:80])
+        correct = name == problem.check["expected"]
+        return Verdict(correct=correct, rule="ok" if correct else "wrong_part", measured=name)
+
+
+def padded(value: float) -> str:
+    """Two digits before the point and one behind it, cut: two such strings compare digit by digit."""
+    return f"{int(value * 10 + 1e-6) / 10:04.1f}"
+
+
+class Mosfet(Selection):
+    """N-channel MOSFET as a low-side switch: Vds >= 1.5 x supply, Id >= 2 x load."""
+
+    name = "mosfet"
+    kind = "mosfet"
+    phrasings = (
+        "Which N-MOSFET switches {load} A at {supply} V (need 1.5x voltage, 2x current)? {candidates}",
+        "Low-side switch for {load} A, {supply} V. Margins: voltage 1.5x, current 2x. Choose: {candidates}",
+        "Pick the MOSFET for a {supply} V, {load} A load with 1.5x voltage and 2x current in reserve: {candidates}",
+        "A {load} A load on {supply} V: which transistor has 1.5x the voltage and 2x the current? {candidates}",
+    )
+    supplies = (6, 8, 12, 16, 20, 24, 30, 36, 40, 48, 60)
+    loads = (0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 4, 5, 8, 10, 15, 20)
+
+    def usable(self, part: Part) -> bool:
+        return part.polarity == "N" and part.voltage < 1000 and 0.1 <= part.current < 100
+
+    def need(self, rng: random.Random) -> dict[str, Json]:
+        return {"supply": rng.choice(self.supplies), "load": rng.choice(self.loads)}
+
+    def accepts(self, voltage: float, current: float, inputs: dict[str, Any]) -> bool:
+        return voltage >= inputs["supply"] * VOLTAGE_MARGIN and current >= inputs["load"] * CURRENT_MARGIN
+
+    def fits(self, part: Part, need: dict[str, Any]) -> bool:
+        return self.accepts(part.voltage, part.current, need)
+
+    def show(self, inputs: dict[str, Any]) -> dict[str, str]:
+        return {
+            "supply": f"{inputs['supply']:g}",
+            "load": f"{inputs['load']:g}",
+            "candidates": self.candidates(inputs),
+        }
+
+    def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
+        volts, amps = inputs["supply"] * VOLTAGE_MARGIN, inputs["load"] * CURRENT_MARGIN
+        steps = [f"{inputs['supply']:g}*1.5={volts:g}; {inputs['load']:g}*2={amps:g}"]
+        for letter, (name, voltage, current) in zip(LETTERS, inputs["candidates"], strict=True):
+            line = f"{letter} {voltage:03.0f} vs {volts:03.0f}"
+            if voltage < volts:
+                steps.append(f"{line} low")
+                continue
+            line += f" ok {padded(current)} vs {padded(amps)}"
+            if current < amps:
+                steps.append(f"{line} low")
+                continue
+            steps.append(f"{line} ok")
+            return "; ".join(steps), name
+        raise AssertionError("no candidate fits")
+
+
+class Regulator(Selection):
+    """Linear regulator with a fixed output: exact voltage, current >= 2 x load."""
+
+    name = "regulator"
+    kind = "regulator"
+    phrasings = (
+        "Which regulator makes {output} V for a {load} A load (2x current in reserve)? {candidates}",
+        "Choose a linear regulator: {output} V out, load {load} A, rated for twice the load. {candidates}",
+        "I need {output} V at {load} A with 2x current margin. Pick one: {candidates}",
+        "A {load} A load needs {output} V. Which part has that output and twice the current? {candidates}",
+    )
+    # Twice the load has one decimal, so that a comparison of padded currents decides as the true one does.
+    loads = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5)
+
+    def usable(self, part: Part) -> bool:
+        return 0.1 <= part.current < 100
+
+    def need(self, rng: random.Random) -> dict[str, Json]:
+        return {"output": rng.choice(sorted({p.voltage for p in self.parts})), "load": rng.choice(self.loads)}
+
+    def accepts(self, voltage: float, current: float, inputs: dict[str, Any]) -> bool:
+        return voltage == inputs["output"] and current >= inputs["load"] * CURRENT_MARGIN
+
+    def fits(self, part: Part, need: dict[str, Any]) -> bool:
+        return self.accepts(part.voltage, part.current, need)
+
+    def distractors(self, need: dict[str, Any]) -> list[Part]:
+        """Half of them with the right voltage and too little current, where there are such parts."""
+        weak = [p for p in self.parts if p.voltage == need["output"] and not self.fits(p, need)]
+        strong = [p for p in self.parts if p.voltage != need["output"]]
+        return weak + strong[:: max(1, len(strong) // max(1, len(weak)))]
+
+    def show(self, inputs: dict[str, Any]) -> dict[str, str]:
+        return {
+            "output": f"{inputs['output']:g}",
+            "load": f"{inputs['load']:g}",
+            "candidates": self.candidates(inputs),
+        }
+
+    def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
+        amps = inputs["load"] * CURRENT_MARGIN
+        steps = [f"{inputs['load']:g}*2={amps:g}; {inputs['output']:g} V"]
+        for letter, (name, voltage, current) in zip(LETTERS, inputs["candidates"], strict=True):
+            if voltage != inputs["output"]:
+                steps.append(f"{letter} {voltage:g} no")
+                continue
+            line = f"{letter} {voltage:g} ok {padded(current)} vs {padded(amps)}"
+            if current < amps:
+                steps.append(f"{line} low")
+                continue
+            steps.append(f"{line} ok")
+            return "; ".join(steps), name
+        raise AssertionError("no candidate fits")

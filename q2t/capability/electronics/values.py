@@ -1,0 +1,54 @@
+"""Component values: the preferred numbers of IEC 60063, and reading and writing quantities."""
+
+from quantiphy import InvalidNumber, Quantity
+
+E12 = (1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 3.9, 4.7, 5.6, 6.8, 8.2)
+"""Mantissas of the E12 series (IEC 60063): a table, since the standard's values are not the rounded powers."""
+
+_UNITS = {
+    "ohm": ("", "ohm", "ohms", "Ω", "Ω", "R"),
+    "F": ("", "F", "farad", "farads"),
+    "V": ("", "V", "volt", "volts"),
+    "A": ("", "A", "amp", "amps"),
+}
+
+
+def parse(text: str, unit: str) -> float:
+    """The number in `text`, in `unit` without prefix: parse("4.7k ohm", "ohm") == 4700.0.
+
+    Accepts what engineers write: "4700", "4.7k", "4.7 kohm", "16.9e-9 F", "16.9 nF".
+
+    Raises:
+        ValueError: no single finite quantity of that unit.
+    """
+    try:
+        quantity = Quantity(text.strip().replace("k ohm", "kohm").replace("M ohm", "Mohm"))
+    except InvalidNumber:
+        raise ValueError(f"{text!r} is no quantity in {unit}; write e.g. '4.7k {unit}'") from None
+    value = float(quantity)
+    if quantity.units not in _UNITS[unit] or not abs(value) < float("inf"):
+        raise ValueError(f"{text!r} is no finite quantity in {unit}")
+    return value
+
+
+def next_e12(value: float) -> float:
+    """The smallest E12 value that is not below `value` (> 0)."""
+    assert value > 0
+    decade = 1e-12
+    while True:
+        for mantissa in E12:
+            candidate = float(f"{mantissa * decade:.2g}")
+            # Half a part per million: 6.9 / 0.01 must not be pushed past 690 by rounding.
+            if candidate >= value * (1 - 5e-7):
+                return candidate
+        decade *= 10
+
+
+def ohms(value: float) -> str:
+    """A resistance as people write it in a question: 470 -> "470 ohm", 4700 -> "4.7k ohm"."""
+    return f"{value / 1e3:.4g}k ohm" if value >= 1e3 else f"{value:.4g} ohm"
+
+
+def plain(value: float) -> str:
+    """At most four significant digits and no trailing zeros: 2.350 -> "2.35"."""
+    return f"{value:.4g}"

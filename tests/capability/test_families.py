@@ -1,0 +1,119 @@
+"""Every family, on many random problems: the worked solution is right, and neighbours of it are wrong."""
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from q2t.capability.electronics import catalog
+from q2t.capability.electronics.parts import partition
+from q2t.capability.families import FAMILIES, make_families, verify
+from q2t.capability.posing import pose
+from q2t.config import Capability
+from q2t.curation.trajectory import parse
+from q2t.records import operands
+
+PARTS = catalog.read(Path("data/catalog"))
+MADE = make_families(sorted(FAMILIES), PARTS)
+EACH = pytest.mark.parametrize("family", MADE, ids=lambda family: family.name)
+SETTINGS = Capability(
+    families=sorted(FAMILIES), lessons=30, questions=20, dev=4, test=8, general=1, general_test=1
+)
+
+
+def problems(family, count=200, split="lessons"):
+    rng = random.Random(family.name)
+    return [family.for_split(split).pose(rng, split) for _ in range(count)]
+
+
+@EACH
+def test_the_worked_solution_is_right(family):
+    for problem in problems(family):
+        verdict = verify(problem, parse(problem.solution).answer)
+        assert verdict.correct, (problem.question, problem.solution, verdict)
+
+
+@EACH
+def test_a_wrong_answer_is_wrong(family):
+    for problem in problems(family, 50):
+        if problem.check["kind"] == "choice":
+            for name in problem.check["candidates"]:
+                assert verify(problem, name).correct == (name == problem.check["expected"])
+        else:
+            right = problem.check["expected"]
+            for factor in (0.97, 1.03, 10, 0.1, -1):
+                assert not verify(problem, f"{right * factor:.6g} {problem.check['unit']}").correct
+
+
+@EACH
+@given(text=st.text(max_size=40))
+def test_any_text_gets_a_verdict(family, text):
+    verify(problems(family, 1)[0], text)
+
+
+@EACH
+def test_a_family_has_four_phrasings_and_five_hundred_inputs(family):
+    assert len(set(family.phrasings)) >= 4
+    assert len({operands(problem) for problem in problems(family, 6000)}) >= 500
+
+
+@EACH
+def test_the_question_names_every_operand(family):
+    for problem in problems(family, 20):
+        for shown in family.show(problem.inputs).values():
+            assert shown in problem.question
+
+
+def test_exactly_one_candidate_meets_the_constraints():
+    for family in MADE:
+        if family.name not in ("mosfet", "regulator"):
+            continue
+        for problem in problems(family, 100, "test"):
+            fitting = [n for n, v, i in problem.inputs["candidates"] if family.accepts(v, i, problem.inputs)]
+            assert fitting == [problem.check["expected"]]
+
+
+def test_the_tolerance_is_on_both_sides():
+    (divider,) = make_families(["divider"], PARTS)
+    problem = divider.pose(random.Random(1))
+    right = problem.check["expected"]
+    assert verify(problem, f"{right * 1.0199} ohm").correct and verify(problem, f"{right * 0.9801} ohm").correct
+    assert verify(problem, f"{right} F").rule == "no_quantity"
+
+
+def test_known_answers():
+    """From the textbook formulas by hand, not from our code."""
+    led, divider, rc, gain = make_families(["led", "divider", "rc", "gain"], PARTS)
+    assert led.expected({"supply": 9, "forward": 2.0, "current": 10}) == 820  # 700 ohm, next up
+    assert led.expected({"supply": 12, "forward": 2.0, "current": 10}) == 1000  # a series value stays
+    assert divider.expected({"vin": 12, "vout": 4, "r1": 4700}) == pytest.approx(2350)
+    assert rc.expected({"r": 10_000, "f": 1000}) == pytest.approx(15.9155e-9, rel=1e-4)
+    assert gain.expected({"gain": 11, "rg": 1000}) == 10_000
+
+
+def test_splits_share_no_operands_and_no_parts():
+    posed = pose(MADE, SETTINGS, seed=3)
+    seen = {}
+    for split, rows in posed.items():
+        assert len(rows) == getattr(SETTINGS, split) * len(MADE)
+        for problem in rows:
+            assert seen.setdefault(operands(problem), split) == split
+            assert bool(problem.solution) == (split == "lessons")
+    roots = {split: {p.root for p in parts} for split, parts in partition(PARTS).items()}
+    for one in roots:
+        for other in roots:
+            assert one == other or not roots[one] & roots[other]
+
+
+def test_posing_is_a_function_of_the_seed():
+    assert pose(MADE, SETTINGS, seed=3) == pose(MADE, SETTINGS, seed=3)
+    assert pose(MADE, SETTINGS, seed=3) != pose(MADE, SETTINGS, seed=4)
+
+
+def test_too_many_problems_and_unknown_families_are_named():
+    with pytest.raises(ValueError, match=r"capability\.lessons: 5000 problems asked of family 'gain'"):
+        pose(make_families(["gain"], PARTS), SETTINGS.model_copy(update={"lessons": 5000}), seed=1)
+    with pytest.raises(ValueError, match=r"unknown \['buck'\]"):
+        make_families(["buck"], PARTS)

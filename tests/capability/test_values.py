@@ -1,0 +1,61 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from q2t.capability.electronics.values import E12, next_e12, ohms, parse
+
+positive = st.floats(1e-9, 1e9, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "value"),
+    [
+        ("560 ohm", "ohm", 560),
+        ("4.7k ohm", "ohm", 4700),
+        ("4.7 kohm", "ohm", 4700),
+        ("4700", "ohm", 4700),
+        ("10 kΩ", "ohm", 10_000),
+        ("16.9e-9 F", "F", 16.9e-9),
+        ("16.9 nF", "F", 16.9e-9),
+    ],
+)
+def test_what_engineers_write_is_read(text, unit, value):
+    assert parse(text, unit) == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("text", ["", "ohm", "about 5", "5 F", "1k or 2k", "inf ohm", "nan ohm", "-", "5 V"])
+def test_what_is_no_single_resistance_is_refused(text):
+    with pytest.raises(ValueError, match="quantity"):
+        parse(text, "ohm")
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_number_or_refused(text):
+    try:
+        assert math.isfinite(parse(text, "ohm"))
+    except ValueError:
+        pass
+
+
+@given(positive)
+def test_next_e12_is_the_smallest_value_not_below(value):
+    found = next_e12(value)
+    assert found >= value * (1 - 1e-6)
+    decade = 10.0 ** math.floor(math.log10(found) + 1e-9)
+    assert any(math.isclose(found, m * decade, rel_tol=1e-9) for m in E12)
+    below = [m * d for d in (decade / 10, decade) for m in E12 if m * d < found * (1 - 1e-9)]
+    assert max(below) < value
+
+
+def test_a_value_of_the_series_is_its_own_next():
+    for decade in range(-6, 7):
+        for mantissa in E12:
+            assert next_e12(mantissa * 10.0**decade) == pytest.approx(mantissa * 10.0**decade, rel=1e-9)
+
+
+@given(st.sampled_from(E12), st.integers(0, 5))
+def test_a_shown_resistance_reads_back(mantissa, decade):
+    value = mantissa * 10.0**decade
+    assert parse(ohms(value), "ohm") == pytest.approx(value, rel=1e-9)

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from q2t.config import Source, load
+
+PARAMS = Path("params.yaml")
+
+
+def changed(tmp_path, change):
+    yaml = YAML()
+    params = yaml.load(PARAMS)
+    change(params)
+    yaml.dump(params, tmp_path / "params.yaml")
+    return tmp_path / "params.yaml"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p["distill"].update(temprature=2.0), "unknown key 'temprature' in distill: did you mean 'temperature'"),
+        (lambda p: p.update(destill={}), "unknown key 'destill' in the top level: did you mean 'distill'"),
+        (lambda p: p["teachers"]["expert"].update(sample=4), "'sample' in teachers.expert: did you mean 'samples'"),
+        (lambda p: p["sources"]["smollm2"].update(sha="0"), "'sha' in sources.smollm2: did you mean 'sha256'"),
+        (lambda p: p["distill"].pop("alpha"), "'alpha' is missing in distill"),
+        (lambda p: p["distill"].update(learning_rate="5e-5"), "'learning_rate' in distill: .*got '5e-5'"),
+        (lambda p: p["distill"].update(alpha=1.5), "'alpha' in distill: .*less than or equal to 1"),
+        (lambda p: p["compute"].update(dtype="int3"), "'dtype' in compute"),
+        (lambda p: p["compute"].update(threads=True), "'threads' in compute"),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_is_explained(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load(changed(tmp_path, change))
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    path = changed(tmp_path, lambda p: (p["distill"].update(alpha=2), p["prune"].update(widht=1)))
+    with pytest.raises(ValueError, match=r"(?s)alpha.*widht"):
+        load(path)
+
+
+def test_numbers_that_dvc_writes_are_numbers(tmp_path):
+    """After `-S lr=5e-5` the file says 5e-05, which a YAML 1.1 reader takes for a string."""
+    text = PARAMS.read_text().replace("learning_rate: 5.0e-4", "learning_rate: 5e-05")
+    (tmp_path / "params.yaml").write_text(text)
+    assert load(tmp_path / "params.yaml").distill.learning_rate == 5e-5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "exactly one of registry, hub, path, scratch"),
+        ({"path": "a", "hub": "o/n@r"}, "exactly one"),
+        ({"registry": "p==1"}, "needs file and sha256"),
+        ({"hub": "o/n"}, "not pinned"),
+    ],
+)
+def test_a_source_is_one_pinned_thing(given, message):
+    with pytest.raises(ValueError, match=message):
+        Source(**given)
+
+
+@pytest.mark.parametrize("profile", [p.stem for p in Path("q2t/profiles").glob("*.yaml")])
+def test_every_profile_fits(tmp_path, profile):
+    from q2t.profile import apply
+
+    (tmp_path / "params.yaml").write_text(PARAMS.read_text())
+    assert apply(profile, tmp_path / "params.yaml")
+    load(tmp_path / "params.yaml")
