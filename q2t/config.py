@@ -40,9 +40,7 @@ class Source(Section):
     def _one_kind(self) -> "Source":
         given = [k for k in ("registry", "hub", "path", "scratch") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"a source needs exactly one of registry, hub, path, scratch; got {given or 'none'}"
-            )
+            raise ValueError(f"a source needs exactly one of registry, hub, path, scratch; got {given or 'none'}")
         if self.registry is not None and not (self.file and self.sha256):
             raise ValueError("a registry source needs file and sha256, so that it is pinned")
         if self.hub is not None and "@" not in self.hub:

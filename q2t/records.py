@@ -126,8 +126,7 @@ def read_jsonl(path: Path, kind: type[R]) -> list[R]:
                 first = error.errors()[0]
                 field = ".".join(map(str, first["loc"])) or "the line"
                 raise ValueError(
-                    f"{path}:{number}: {field} of {kind.__name__}: {first['msg']}. "
-                    "Correct or delete that line."
+                    f"{path}:{number}: {field} of {kind.__name__}: {first['msg']}. Correct or delete that line."
                 ) from None
     return rows
 
@@ -148,7 +147,5 @@ def write_json(path: Path, value: Any) -> None:
     """Sorted, indented JSON, published by rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(
-        json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    partial.write_text(json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -19,7 +19,7 @@ def changed(tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p["distill"].update(temprature=2.0), "unknown key 'temprature' in distill: did you mean 'temperature'"),
+        (lambda p: p["distill"].update(temprature=2.0), "'temprature' in distill: did you mean 'temperature'"),
         (lambda p: p.update(destill={}), "unknown key 'destill' in the top level: did you mean 'distill'"),
         (lambda p: p["teachers"]["expert"].update(sample=4), "'sample' in teachers.expert: did you mean 'samples'"),
         (lambda p: p["sources"]["smollm2"].update(sha="0"), "'sha' in sources.smollm2: did you mean 'sha256'"),

@@ -2,13 +2,14 @@
 
 from q2t.capability.electronics.amplifiers import NonInvertingGain
 from q2t.capability.electronics.catalog import Part
+from q2t.capability.electronics.markings import ColourCode
 from q2t.capability.electronics.networks import Divider, LedResistor, RcFilter
 from q2t.capability.electronics.parts import Mosfet, Regulator, Selection
 from q2t.capability.family import Family
 from q2t.records import Problem, Verdict
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (LedResistor, Divider, RcFilter, NonInvertingGain, Mosfet, Regulator)
+    family.name: family for family in (LedResistor, Divider, RcFilter, NonInvertingGain, Mosfet, Regulator, ColourCode)
 }
 
 

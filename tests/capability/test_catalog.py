@@ -151,13 +151,9 @@ def test_rejected_regulators(name, description, reason):
         kicad.regulator(symbol(name, description))
 
 
-@given(
-    st.integers(8, 240).map(lambda tenths: tenths / 10), st.integers(8, 240).map(lambda tenths: tenths / 10)
-)
+@given(st.integers(8, 240).map(lambda tenths: tenths / 10), st.integers(8, 240).map(lambda tenths: tenths / 10))
 def test_a_written_out_voltage_decides(in_name, in_description):
-    candidate = symbol(
-        f"AZ1084-{in_name:.1f}", f"5A LDO Linear Regulator, Fixed Output {in_description}V, TO-220"
-    )
+    candidate = symbol(f"AZ1084-{in_name:.1f}", f"5A LDO Linear Regulator, Fixed Output {in_description}V, TO-220")
     if in_name == in_description:
         assert kicad.regulator(candidate).voltage == in_name
     else:
@@ -268,9 +264,7 @@ def test_a_row_without_a_rating_is_left_out_and_named(tmp_path):
     table.write_text(table.read_text().replace(",12,", ",,"))
     assert [p.name for p in catalog.read(tmp_path)] == ["LM7805"]
     (dropped,) = catalog.read_all(tmp_path)[1]
-    assert dropped == Dropped(
-        name="LM7812", kind="regulator", reason="no rating: voltage", detail=f"{table}:3"
-    )
+    assert dropped == Dropped(name="LM7812", kind="regulator", reason="no rating: voltage", detail=f"{table}:3")
 
 
 @pytest.mark.parametrize(

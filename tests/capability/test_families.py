@@ -18,9 +18,7 @@ from q2t.records import operands
 PARTS = catalog.read(Path("data/catalog"))
 MADE = make_families(sorted(FAMILIES), PARTS)
 EACH = pytest.mark.parametrize("family", MADE, ids=lambda family: family.name)
-SETTINGS = Capability(
-    families=sorted(FAMILIES), lessons=30, questions=20, dev=4, test=8, general=1, general_test=1
-)
+SETTINGS = Capability(families=sorted(FAMILIES), lessons=30, questions=20, dev=4, test=8, general=1, general_test=1)
 
 
 def problems(family, count=200, split="lessons"):

@@ -5,7 +5,7 @@ from typing import Any
 
 from q2t.capability.electronics.calculated import Calculated
 from q2t.capability.electronics.networks import draw_resistor
-from q2t.capability.electronics.values import ohms, plain
+from q2t.capability.electronics.values import E12, ohms, plain
 from q2t.records import Json
 
 
@@ -20,10 +20,10 @@ class NonInvertingGain(Calculated):
         "Which Rf gives a gain of {gain} with Rg={rg} (non-inverting)?",
         "Size the feedback resistor: op-amp, non-inverting, G={gain}, ground resistor {rg}.",
     )
-    gains = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 16, 21, 31, 41, 51)
+    gains = (2, 3, 4, 5, 6, 11, 21, 31, 41, 51, 101)
 
     def draw(self, rng: random.Random) -> dict[str, Json]:
-        return {"gain": rng.choice(self.gains), "rg": draw_resistor(rng)}
+        return {"gain": rng.choice(self.gains), "rg": draw_resistor(rng, E12, (2, 3, 4, 5))}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
         return {"gain": str(inputs["gain"]), "rg": ohms(inputs["rg"])}

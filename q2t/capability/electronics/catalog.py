@@ -113,9 +113,7 @@ def read_all(folder: Path) -> tuple[list[Part], list[Dropped]]:
                 for row in rows:
                     where = f"{path}:{rows.line_num}"
                     if len(row) != len(fields):
-                        raise ValueError(
-                            f"{where}: {len(row)} fields, expected {len(fields)}: {', '.join(fields)}"
-                        )
+                        raise ValueError(f"{where}: {len(row)} fields, expected {len(fields)}: {', '.join(fields)}")
                     values = dict(zip(fields, row, strict=True))
                     if values["kind"] != kind:
                         raise ValueError(f"{where}: kind is {values['kind']!r}, in this table it is {kind!r}")
@@ -139,9 +137,7 @@ def _part(values: dict[str, str], where: str) -> Part:
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0])
-        raise ValueError(
-            f"{where}: {field} {values[field]!r}: {first['msg']}; correct or delete that line"
-        ) from None
+        raise ValueError(f"{where}: {field} {values[field]!r}: {first['msg']}; correct or delete that line") from None
     if (part.polarity == "") != (part.kind == "regulator"):
         raise ValueError(f"{where}: polarity {part.polarity!r}: a MOSFET has N or P, a regulator none")
     return part

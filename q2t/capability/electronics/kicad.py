@@ -50,9 +50,7 @@ def read_symbols(library: Path) -> list[Symbol]:
     except ValueError as error:
         raise ValueError(f"{library}: {error}; install the distribution's kicad-symbols again") from None
     if tree[:1] != ["kicad_symbol_lib"]:
-        raise ValueError(
-            f"{library}: offset 1: expected kicad_symbol_lib; needs a library of KiCad 6 or later"
-        )
+        raise ValueError(f"{library}: offset 1: expected kicad_symbol_lib; needs a library of KiCad 6 or later")
     properties: dict[str, dict[str, str]] = {}
     parents: dict[str, str] = {}
     for node in tree:

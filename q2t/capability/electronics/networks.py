@@ -5,59 +5,57 @@ import random
 from typing import Any
 
 from q2t.capability.electronics.calculated import Calculated
-from q2t.capability.electronics.values import E12, next_e12, ohms, plain
+from q2t.capability.electronics.values import E6, next_e12, ohms, plain
 from q2t.records import Json
 
 
 class LedResistor(Calculated):
-    """Series resistor of an LED: R = (supply - forward voltage) / current, next E12 value up."""
+    """Series resistor of a string of LEDs: R = (supply - count x forward voltage) / current, next E12 value up."""
 
     name = "led"
     unit = "ohm"
     tolerance = 0.0
     phrasings = (
-        "An LED with a forward voltage of {forward} V runs at {current} mA from {supply} V. Which E12 resistor (next value up)?",
-        "Choose the series resistor, E12, rounded up: supply {supply} V, LED {forward} V, {current} mA.",
-        "From a {supply} V rail I drive an LED ({forward} V) with {current} mA. Give the next higher E12 resistor.",
-        "LED: {forward} V, {current} mA. Supply: {supply} V. Series resistor from E12, next value up?",
+        "{count} LEDs in series, {forward} V each, run at {current} mA from {supply} V. "
+        "Which E12 resistor, rounded up?",
+        "Choose the series resistor, E12, rounded up: supply {supply} V, LEDs {count} x {forward} V, {current} mA.",
+        "A {supply} V rail drives {count} LEDs in a row ({forward} V each) with {current} mA. "
+        "Next higher E12 resistor?",
+        "LED string: {count} x {forward} V, {current} mA. Supply: {supply} V. Series resistor from E12, next value up?",
     )
-    supplies = tuple(range(5, 25))
-    forwards = (1.8, 1.9, 2.0, 2.1, 2.2, 3.0, 3.2, 3.4)
-    currents = (1, 2, 4, 5, 10, 20)
+    supplies = tuple(range(12, 31))
+    forwards = (2, 3)
+    counts = (1, 2, 3)
+    currents = (1, 2, 10, 20, 100)
 
     def draw(self, rng: random.Random) -> dict[str, Json]:
         return {
             "supply": rng.choice(self.supplies),
             "forward": rng.choice(self.forwards),
+            "count": rng.choice(self.counts),
             "current": rng.choice(self.currents),
         }
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
-        return {k: plain(v) for k, v in inputs.items()}
+        return {key: str(value) for key, value in inputs.items()}
+
+    def drop(self, inputs: dict[str, Any]) -> int:
+        """Volts left for the resistor."""
+        return inputs["supply"] - inputs["count"] * inputs["forward"]
 
     def expected(self, inputs: dict[str, Any]) -> float:
-        return next_e12((inputs["supply"] - inputs["forward"]) / inputs["current"] * 1000)
+        return next_e12(self.drop(inputs) / inputs["current"] * 1000)
 
     def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
-        drop = round(1000 * (inputs["supply"] - inputs["forward"]))
-        current = inputs["current"]
-        steps = [f"{inputs['supply']:.1f}-{inputs['forward']:.1f}={drop / 1000:.1f} V={drop} mV"]
-        # Halving, doubling and moving the point are the only divisions that are asked of the model.
-        value: float = drop
-        if current in (2, 4, 20):
-            value /= 2
-            steps.append(f"{drop}/2={plain5(value)}")
-        if current == 4:
-            steps.append(f"{plain5(value)}/2={plain5(value / 2)}")
-            value /= 2
-        if current == 5:
-            value *= 2
-            steps.append(f"{drop}*2={plain5(value)}")
-        if current in (5, 10, 20):
-            steps.append(f"{plain5(value)}/10={plain5(value / 10)}")
-            value /= 10
-        steps.append(f"{plain5(value)} up to {self.expected(inputs):.0f}")
-        return "; ".join(steps), f"{self.expected(inputs):.0f} ohm"
+        used, drop, current = inputs["count"] * inputs["forward"], self.drop(inputs), inputs["current"]
+        exact = drop * 1000 / current
+        steps = [f"{inputs['count']}*{inputs['forward']}={used}", f"{inputs['supply']}-{used}={drop}"]
+        # Halving and moving the point are the only divisions that are asked of the model.
+        if current in (2, 20):
+            steps.append(f"{drop}/2={plain(drop / 2)}")
+        steps.append(f"{drop} V/{current} mA={exact:g} ohm")
+        steps.append(f"{exact:g} up to {self.expected(inputs):g}")
+        return "; ".join(steps), f"{self.expected(inputs):g} ohm"
 
 
 class Divider(Calculated):
@@ -71,14 +69,13 @@ class Divider(Calculated):
         "I need {vout} V out of {vin} V. R1 (to the input) is {r1}; what is R2 (to ground)?",
         "Find R2 to ground when R1={r1} divides {vin} V down to {vout} V.",
     )
-    ratios = (0.2, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
     pairs = tuple(
-        (vin, vout) for vin in range(3, 31) for vout in range(1, vin) if vout / (vin - vout) in (0.2, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
+        (vin, vout) for vin in range(3, 31) for vout in range(1, vin) if vout / (vin - vout) in (0.5, 1.0, 2.0, 3.0)
     )
 
     def draw(self, rng: random.Random) -> dict[str, Json]:
         vin, vout = rng.choice(self.pairs)
-        return {"vin": vin, "vout": vout, "r1": draw_resistor(rng)}
+        return {"vin": vin, "vout": vout, "r1": draw_resistor(rng, E6, (3, 4, 5))}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
         return {"vin": plain(inputs["vin"]), "vout": plain(inputs["vout"]), "r1": ohms(inputs["r1"])}
@@ -109,10 +106,10 @@ class RcFilter(Calculated):
         "RC filter: resistor {r}, -3 dB at {f}. Capacitor?",
         "Choose C for a first-order low-pass with {r} and a cutoff of {f}.",
     )
-    frequencies = tuple(m * d for d in (10, 100, 1000, 10000) for m in (1, 2, 3, 5))
+    frequencies = tuple(m * 10**d for d in range(6) for m in (1, 2, 5))
 
     def draw(self, rng: random.Random) -> dict[str, Json]:
-        return {"r": draw_resistor(rng), "f": rng.choice(self.frequencies)}
+        return {"r": draw_resistor(rng, E6, (2, 3, 4, 5, 6)), "f": rng.choice(self.frequencies)}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
         f = inputs["f"]
@@ -134,17 +131,12 @@ class RcFilter(Calculated):
         )
 
 
-def draw_resistor(rng: random.Random) -> int:
-    """An E12 value from 1 kilohm to 820 kilohm."""
-    return round(rng.choice(E12) * 10 ** rng.choice((3, 4, 5)))
+def draw_resistor(rng: random.Random, series: tuple[float, ...], decades: tuple[int, ...]) -> int:
+    """A value of the series in one of the decades: 3 is 1 to 10 kilohm."""
+    return round(rng.choice(series) * 10 ** rng.choice(decades))
 
 
 def scientific(value: float) -> tuple[float, int]:
     """Mantissa in [1, 10) and exponent: 47000 -> (4.7, 4)."""
     mantissa, exponent = f"{value:.2e}".split("e")
     return float(mantissa), int(exponent)
-
-
-def plain5(value: float) -> str:
-    """At most six significant digits and no trailing zeros."""
-    return f"{value:.6g}"

@@ -7,7 +7,7 @@ from q2t.capability.electronics.catalog import Part
 from q2t.capability.family import Family
 from q2t.records import Json, Problem, Split, Verdict
 
-LETTERS = "ABCD"
+LETTERS = "ABC"
 CURRENT_MARGIN = 2
 """The catalogue's currents agree with distributors' in 84% of the parts: ask with a margin that covers the rest."""
 VOLTAGE_MARGIN = 1.5
@@ -31,7 +31,7 @@ def partition(parts: list[Part]) -> dict[Split, list[Part]]:
 
 
 class Selection(Family):
-    """Exactly one of four candidates meets all constraints; the answer is its name."""
+    """Exactly one of three candidates meets all constraints; the answer is its name."""
 
     kind: ClassVar[str]
 
@@ -55,11 +55,13 @@ class Selection(Family):
             need = self.need(rng)
             fitting = [p for p in self.parts if self.fits(p, need)]
             others = self.distractors(need)
-            if fitting and len(others) >= 3:
+            if fitting and len(others) >= 2:
                 break
         else:
-            raise ValueError(f"{self.name}: no constraint tells {len(self.parts)} parts apart; add parts to the catalogue")
-        chosen = [rng.choice(fitting), *rng.sample(others, 3)]
+            raise ValueError(
+                f"{self.name}: no constraint tells {len(self.parts)} parts apart; add parts to the catalogue"
+            )
+        chosen = [rng.choice(fitting), *rng.sample(others, 2)]
         rng.shuffle(chosen)
         return {
             **need,
@@ -111,8 +113,8 @@ class Mosfet(Selection):
         "Pick the MOSFET for a {supply} V, {load} A load with 1.5x voltage and 2x current in reserve: {candidates}",
         "A {load} A load on {supply} V: which transistor has 1.5x the voltage and 2x the current? {candidates}",
     )
-    supplies = (6, 8, 12, 16, 20, 24, 30, 36, 40, 48, 60)
-    loads = (0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 3, 4, 5, 8, 10, 15, 20)
+    supplies = (6, 8, 10, 12, 20, 24, 40, 48)
+    loads = (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 4, 5, 10)
 
     def usable(self, part: Part) -> bool:
         return part.polarity == "N" and part.voltage < 1000 and 0.1 <= part.current < 100

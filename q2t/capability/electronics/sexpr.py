@@ -30,9 +30,7 @@ def parse(text: str) -> list[Node]:
     stack, opened = [top], [0]
     for offset, kind, token in _tokens(text):
         if len(stack) == 1 and (top or token != "("):
-            raise ValueError(
-                f"offset {offset}: expected {'the end' if top else 'a list'}, got {token[:20]!r}"
-            )
+            raise ValueError(f"offset {offset}: expected {'the end' if top else 'a list'}, got {token[:20]!r}")
         if kind == "string":
             stack[-1].append(_unquote(token, offset))
         elif kind == "atom":

@@ -5,6 +5,9 @@ from quantiphy import InvalidNumber, Quantity
 E12 = (1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 3.9, 4.7, 5.6, 6.8, 8.2)
 """Mantissas of the E12 series (IEC 60063): a table, since the standard's values are not the rounded powers."""
 
+E6 = E12[::2]
+"""Mantissas of the E6 series: every other one of E12."""
+
 _UNITS = {
     "ohm": ("", "ohm", "ohms", "Ω", "Ω", "R"),
     "F": ("", "F", "farad", "farads"),
@@ -45,8 +48,11 @@ def next_e12(value: float) -> float:
 
 
 def ohms(value: float) -> str:
-    """A resistance as people write it in a question: 470 -> "470 ohm", 4700 -> "4.7k ohm"."""
-    return f"{value / 1e3:.4g}k ohm" if value >= 1e3 else f"{value:.4g} ohm"
+    """A resistance as people write it in a question: 470 -> "470 ohm", 4700 -> "4.7k ohm", 2.2e6 -> "2.2M ohm"."""
+    for factor, prefix in ((1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.4g}{prefix} ohm"
+    return f"{value:.4g} ohm"
 
 
 def plain(value: float) -> str:
