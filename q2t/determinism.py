@@ -1,0 +1,31 @@
+"""One call that makes a stage repeatable: seeds, threads and deterministic kernels."""
+
+import os
+import random
+
+from q2t.config import Compute
+
+
+def seed_everything(seed: int, compute: Compute) -> None:
+    """Seed Python, NumPy and torch, fix the threads, and refuse kernels that are not deterministic.
+
+    Equal seeds, threads, dtype, device and package versions then give equal bits. Threads count because they
+    decide how a sum is split. Call it first in a stage: cuBLAS reads its workspace setting when CUDA starts.
+
+    Seeds from 0 to 2**32 - 1, the range that NumPy takes.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)  # CUDA's generators too
+    torch.set_num_threads(compute.threads)
+    # Never warn_only: a warning in a log does not keep a result from drifting.
+    torch.use_deterministic_algorithms(True)
+    # On by default, and 5% of a training step: new tensors filled with NaN, to show who reads unwritten ones.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
