@@ -1,0 +1,243 @@
+"""One way to run a model, whatever it is stored as: batched, greedy or sampled, every row on its own random stream.
+
+Teachers, evaluation and `q2t ask` decode here, so that a score says something of the model and not of the engine.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from q2t.config import Compute
+from q2t.sources import load_model, load_tokenizer
+
+ONNX_FILE = "model.onnx"
+NUCLEUS = 256
+"""Tokens among which a nucleus is looked for first; sorting a whole vocabulary takes longer than the model does."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to be decoded."""
+
+    prompt: str
+    """Already in the chat template."""
+    seed: int = 0
+    """Start of the row's random stream; unused when greedy."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class TorchEngine:
+    """A transformers model; the cache is transformers' own."""
+
+    def __init__(self, folder: Path, compute: Compute) -> None:
+        self.device = torch.device(compute.device)
+        self.model = load_model(folder, compute.dtype).to(self.device).eval()
+
+    def __call__(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Logits [batch, vocabulary] of the last position in float32, and the cache that now includes `ids`."""
+        out = self.model(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=positions.to(self.device),
+            past_key_values=past,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1].float().cpu(), out.past_key_values
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [length, vocabulary] in float32 of one sequence [1, length]."""
+        return self.model(input_ids=ids.to(self.device), use_cache=False).logits[0].float().cpu()
+
+    def select(self, past: Any, rows: torch.Tensor) -> Any:
+        past.batch_select_indices(rows.to(self.device))
+        return past
+
+
+class OnnxEngine:
+    """An exported decoder in ONNX Runtime; the cache is a list of arrays, in the order of the graph's inputs."""
+
+    def __init__(self, folder: Path, compute: Compute) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = compute.threads
+        self.session = onnxruntime.InferenceSession(
+            str(folder / ONNX_FILE), options, providers=["CPUExecutionProvider"]
+        )
+        self.past_inputs = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+        self.wants_positions = "position_ids" in {i.name for i in self.session.get_inputs()}
+
+    def __call__(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: Any
+    ) -> tuple[torch.Tensor, Any]:
+        logits, present = self._run(ids, mask, positions, past)
+        return torch.from_numpy(np.ascontiguousarray(logits[:, -1])), present
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        logits, _ = self._run(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None], None)
+        return torch.from_numpy(logits[0])
+
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: Any) -> tuple[Any, Any]:
+        if past is None:
+            past = [np.zeros((len(ids), i.shape[1], 0, i.shape[3]), np.float32) for i in self.past_inputs]
+        feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        if self.wants_positions:
+            feed["position_ids"] = positions.numpy()
+        feed |= {i.name: array for i, array in zip(self.past_inputs, past, strict=True)}
+        logits, *present = self.session.run(None, feed)
+        return logits, present
+
+    def select(self, past: Any, rows: torch.Tensor) -> Any:
+        return [array[rows.numpy()] for array in past]
+
+
+class Runtime:
+    """A tokenizer and an engine."""
+
+    def __init__(self, folder: Path, compute: Compute) -> None:
+        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer.padding_side = "left"
+        self.engine = (OnnxEngine if (folder / ONNX_FILE).exists() else TorchEngine)(folder, compute)
+
+    def prompt(self, question: str) -> str:
+        """The question in the model's chat template, up to where the answer begins."""
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        batch_size: int,
+        finished: Collection[int] = (),
+        describe: str = "generate",
+    ) -> Iterator[list[tuple[int, Answer]]]:
+        """Decode all requests in batches of prompts near in length.
+
+        Which rows share a batch is a function of `requests` alone, so that a resumed run, which skips finished
+        batches, computes the others to the same bits.
+
+        Args:
+            finished: places in `requests` that are answered already. A batch is skipped when all its rows are.
+
+        Yields:
+            For each batch, the rows' places in `requests` with their answers.
+        """
+        lengths = [len(self.tokenizer(r.prompt).input_ids) for r in requests]
+        order = sorted(range(len(requests)), key=lambda i: (-lengths[i], i))
+        with tqdm(total=len(requests), desc=describe, unit="answer", dynamic_ncols=True) as bar:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                if not set(rows) <= set(finished):
+                    answers = self._decode([requests[i] for i in rows], max_new_tokens, temperature, top_p)
+                    yield list(zip(rows, answers, strict=True))
+                bar.update(len(rows))
+
+    @torch.inference_mode()
+    def bits(self, prompt: str, text: str) -> float:
+        """Bits that the model needs to write `text` and stop, after `prompt`."""
+        before = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        written = [*self.tokenizer(text, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+        logits = self.engine.logits(torch.tensor([before + written]))[len(before) - 1 : -1]
+        nats = torch.nn.functional.cross_entropy(logits, torch.tensor(written), reduction="sum")
+        return float(nats) / math.log(2)
+
+    def stream(self, question: str, *, max_new_tokens: int) -> Iterator[str]:
+        """Greedy answer to one question, as pieces of text."""
+        shown = ""
+        tokens: list[int] = []
+        for token in self._steps([Request(self.prompt(question))], max_new_tokens, 0.0, 1.0):
+            tokens.append(int(token[0]))
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            if not text.endswith("�"):  # half of a multi-byte character
+                yield text[len(shown) :]
+                shown = text
+
+    def _decode(self, requests: list[Request], limit: int, temperature: float, top_p: float) -> list[Answer]:
+        tokens: list[list[int]] = [[] for _ in requests]
+        for step in self._steps(requests, limit, temperature, top_p):
+            for row, token in step.items():
+                tokens[row].append(token)
+        end = self.tokenizer.eos_token_id
+        prompts = self.tokenizer([r.prompt for r in requests]).input_ids
+        return [
+            Answer(
+                text=self.tokenizer.decode(row, skip_special_tokens=True),
+                finish_reason="stop" if row and row[-1] == end else "length",
+                prompt_tokens=len(prompt),
+                completion_tokens=len(row),
+            )
+            for row, prompt in zip(tokens, prompts, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _steps(self, requests: list[Request], limit: int, temperature: float, top_p: float) -> Iterator[dict[int, int]]:
+        """One dictionary a step, row to token, of the rows that still run. A finished row leaves the batch."""
+        batch = self.tokenizer([r.prompt for r in requests], return_tensors="pt", padding=True)
+        ids, mask = batch.input_ids, batch.attention_mask
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        streams = [np.random.default_rng(r.seed) for r in requests]
+        running = torch.arange(len(requests))
+        past: Any = None
+        for _ in range(limit):
+            logits, past = self.engine(ids, mask, positions, past)
+            if temperature == 0:
+                token = logits.argmax(-1)
+            else:
+                uniform = torch.tensor([streams[row].random() for row in running.tolist()])
+                token = sample(logits, uniform, temperature, top_p)
+            yield dict(zip(running.tolist(), token.tolist(), strict=True))
+            alive = (token != self.tokenizer.eos_token_id).nonzero().flatten()
+            if not len(alive):
+                return
+            if len(alive) < len(running):
+                running, token, mask, positions = running[alive], token[alive], mask[alive], positions[alive]
+                past = self.engine.select(past, alive)
+            ids = token[:, None]
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            positions = positions[:, -1:] + 1
+
+
+def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Nucleus sampling (arXiv 1904.09751) by inverting the cumulative distribution.
+
+    Args:
+        logits: [batch, vocabulary].
+        uniform: [batch] in [0, 1), one number from each row's own stream.
+
+    Returns:
+        Token ids [batch].
+    """
+    everything = (logits.double() / temperature).softmax(-1)
+    probabilities, ids = everything.topk(min(NUCLEUS, everything.shape[-1]))
+    if (probabilities.sum(-1) < top_p).any():
+        probabilities, ids = everything.sort(dim=-1, descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities
+    kept = probabilities.masked_fill(before >= top_p, 0.0).cumsum(-1)
+    place = torch.searchsorted(kept, (uniform.double() * kept[:, -1])[:, None], right=True)
+    return ids.gather(-1, place.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
+
+
+def load(folder: Path, compute: Compute) -> Runtime:
+    """The model in `folder`, ready to answer; ONNX where there is a model.onnx, torch otherwise."""
+    return Runtime(folder, compute)

@@ -1,0 +1,1 @@
+"""Who knows it: a local model, or any OpenAI-compatible server."""

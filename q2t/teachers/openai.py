@@ -1,0 +1,275 @@
+"""A teacher behind any OpenAI-compatible chat endpoint, named by a pointer folder."""
+
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+from pydantic import Field, ValidationError
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_random_exponential,
+)
+
+from q2t.config import Section, Teacher
+from q2t.records import Completion, Json, Problem, content_id
+from q2t.teachers.journal import Journal
+from q2t.teachers.keys import completion_key
+
+POINTER = "pointer.json"
+ATTEMPTS = 6
+BACKOFF = wait_random_exponential(multiplier=1, max=60)
+"""Seconds between attempts, unless the server names them in Retry-After."""
+LONGEST_WAIT = 300.0
+"""Seconds of Retry-After that are obeyed."""
+TIMEOUT = httpx.Timeout(600, connect=20)
+"""Seconds; those of OpenAI's own client, with a shorter one to connect."""
+LONGEST_LIST = 20
+"""Failed answers that an error message names."""
+
+
+class Pointer(Section):
+    """An endpoint instead of a model: the content of a pointer folder's pointer.json."""
+
+    base_url: str = Field(pattern=r"^https?://")
+    """Up to and including the version, "https://api.example.com/v1"."""
+    model: str
+    api_key_env: str | None = None
+    """Environment variable that holds the key; null for a server that wants none."""
+    system: str = ""
+    """System prompt: where a teacher is told the answer format that the student shall learn."""
+
+
+class Failed(Exception):
+    """This answer can't be had."""
+
+
+class Transient(Failed):
+    """Worth another attempt, after `retry_after` seconds if the server named them."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Refused(Failed):
+    """The server refuses every request alike (wrong key, model or address): the rest need not be asked."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One answer to be had, under its key."""
+
+    key: str
+    problem: Problem
+    sample: int
+    settings: dict[str, Json]
+
+
+def load_pointer(folder: Path) -> Pointer:
+    """Read a pointer folder.
+
+    Raises:
+        ValueError: pointer.json is missing or wrong; names the key.
+    """
+    path = folder / POINTER
+    try:
+        return Pointer.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: a teacher's folder holds a model or a {POINTER}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"{path}: {key}: {first['msg']}; valid keys: {', '.join(Pointer.model_fields)}") from None
+
+
+def answers(
+    problems: Sequence[Problem], teacher: Teacher, pointer: Pointer, journal: Journal, *, name: str, seed: int
+) -> list[Completion]:
+    """`teacher.samples` answers to every problem, in the order of problems and samples.
+
+    Only what the journal lacks is asked, `teacher.batch_size` requests at a time, and each answer goes into
+    the journal as it arrives. The request's `seed` is drawn from the key: each sample has its own.
+
+    Raises:
+        ValueError: no API key, or some answers failed; all others are in the journal.
+        OSError: the journal could not be written; nothing more is asked.
+    """
+    wanted = [
+        _question(problem, sample, teacher, pointer, name, seed)
+        for problem in problems
+        for sample in range(teacher.samples)
+    ]
+    missing = [question for question in wanted if question.key not in journal.rows]
+    if missing:
+        secret = _secret(pointer)
+        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        with httpx.Client(base_url=pointer.base_url, headers=headers, timeout=TIMEOUT) as client:
+            failed = _ask_all(missing, client, teacher, pointer, journal, name)
+        if failed:
+            report = _report(failed, len(missing), name)
+            raise ValueError(report.replace(secret, "***") if secret else report)  # servers like to echo it
+    return [journal.rows[question.key] for question in wanted]
+
+
+def _question(problem: Problem, sample: int, teacher: Teacher, pointer: Pointer, name: str, seed: int) -> _Question:
+    sampling: dict[str, Json] = {
+        "temperature": teacher.temperature,
+        "top_p": teacher.top_p,
+        "max_new_tokens": teacher.max_new_tokens,
+    }
+    model = f"{pointer.model} at {pointer.base_url.rstrip('/')}"
+    system = content_id("system", pointer.system)
+    key, settings = completion_key(name, model, system, sampling, problem.id, sample, seed)
+    return _Question(key, problem, sample, settings)
+
+
+def _secret(pointer: Pointer) -> str:
+    if pointer.api_key_env is None:
+        return ""
+    secret = os.environ.get(pointer.api_key_env, "").strip()
+    if not secret:
+        raise ValueError(
+            f"api_key_env: the environment variable {pointer.api_key_env} is empty; put the key for "
+            f"{pointer.base_url} into it"
+        )
+    return secret
+
+
+def _ask_all(
+    questions: list[_Question],
+    client: httpx.Client,
+    teacher: Teacher,
+    pointer: Pointer,
+    journal: Journal,
+    name: str,
+) -> list[tuple[_Question, str]]:
+    """Ask and journal; what failed, and why."""
+    failed = []
+
+    def answer(question: _Question) -> None:
+        said = _ask(question, client, teacher, pointer)
+        journal.append(
+            [
+                Completion(
+                    id=question.key,
+                    problem_id=question.problem.id,
+                    teacher=name,
+                    sample=question.sample,
+                    settings=question.settings,
+                    **said,
+                )
+            ]
+        )
+
+    pool = ThreadPoolExecutor(teacher.batch_size)
+    try:
+        asked: dict[Future[None], _Question] = {pool.submit(answer, question): question for question in questions}
+        for future in as_completed(asked):
+            try:
+                future.result()
+            except CancelledError:
+                failed.append((asked[future], "not asked any more"))
+            except Failed as error:
+                failed.append((asked[future], str(error)))
+                if isinstance(error, Refused):
+                    for other in asked:
+                        other.cancel()
+    finally:
+        # After an interrupt or a full disk nothing more is asked; what is under way still gets journalled.
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
+def _ask(question: _Question, client: httpx.Client, teacher: Teacher, pointer: Pointer) -> dict[str, Any]:
+    """Text, finish reason and token counts of one answer, after ATTEMPTS attempts at most."""
+    messages = [{"role": "user", "content": question.problem.question}]
+    if pointer.system:
+        messages.insert(0, {"role": "system", "content": pointer.system})
+    request = {
+        "model": pointer.model,
+        "messages": messages,
+        "temperature": teacher.temperature,
+        "top_p": teacher.top_p,
+        "max_tokens": teacher.max_new_tokens,
+        "seed": int(question.key, 16) % 2**31,
+    }
+    retrying = Retrying(
+        retry=retry_if_exception_type(Transient), stop=stop_after_attempt(ATTEMPTS), wait=_wait, reraise=True
+    )
+    return retrying(_attempt, client, request, question.problem.domain == "target")
+
+
+def _attempt(client: httpx.Client, request: dict[str, Any], target: bool) -> dict[str, Any]:
+    try:
+        reply = client.post("chat/completions", json=request)
+    except httpx.RequestError as error:
+        raise Transient(f"{type(error).__name__}: {error}") from None
+    if not reply.is_success:
+        message = f"HTTP {reply.status_code}: {reply.text[:200]}"
+        if reply.status_code in (401, 403, 404):
+            raise Refused(message)
+        if reply.status_code in (408, 429) or reply.status_code >= 500:
+            raise Transient(message, _retry_after(reply))
+        raise Failed(message)
+    try:
+        body = reply.json()
+        choice, usage = body["choices"][0], body["usage"]
+        return {
+            "text": _text(choice["message"], target),
+            "finish_reason": _finish_reason(choice["finish_reason"]),
+            "prompt_tokens": int(usage["prompt_tokens"]),
+            "completion_tokens": int(usage["completion_tokens"]),
+        }
+    except (ValueError, LookupError, TypeError, AttributeError):  # cut off, or an error under HTTP 200
+        raise Transient(f"no chat completion with usage: {reply.text[:200]}") from None
+
+
+def _text(message: dict[str, Any], target: bool) -> str:
+    """The answer as one text. Servers that parse reasoning apart get it put back for target problems."""
+    text = message.get("content") or ""
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if target and reasoning and "<think>" not in text:
+        text = f"<think>{reasoning}</think>{text}"
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)  # half an emoji, cut by the token cap, is no Unicode
+
+
+def _finish_reason(reason: Any) -> Literal["stop", "length"]:
+    if reason not in ("stop", "length"):
+        raise Failed(f"finish_reason {reason!r}")
+    return reason
+
+
+def _retry_after(reply: httpx.Response) -> float | None:
+    try:
+        return max(0.0, min(float(reply.headers.get("retry-after", "")), LONGEST_WAIT))
+    except ValueError:  # missing, or a date
+        return None
+
+
+def _wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, Transient) and error.retry_after is not None:
+        return error.retry_after
+    return BACKOFF(state)
+
+
+def _report(failed: list[tuple[_Question, str]], asked: int, name: str) -> str:
+    failed.sort(key=lambda item: (item[1] == "not asked any more", item[0].problem.id, item[0].sample))
+    lines = [
+        f"  {question.problem.id} sample {question.sample} (answer {question.key}): {why}"
+        for question, why in failed[:LONGEST_LIST]
+    ]
+    if len(failed) > LONGEST_LIST:
+        lines.append(f"  and {len(failed) - LONGEST_LIST} more")
+    return (
+        f"teachers.{name}: {len(failed)} of {asked} answers failed; the others are in the journal, and the "
+        "next run asks only for these:\n" + "\n".join(lines)
+    )

@@ -1,0 +1,122 @@
+"""Making an expert where none can be downloaded: supervised fine-tuning on worked solutions."""
+
+from pathlib import Path
+from typing import Any
+
+from q2t.config import Compute, Specialize
+from q2t.records import Problem
+
+MICRO_BATCH = 4
+"""Rows that go through the model at once. A step adds up several such groups, each of rows near in length, so that
+little is padding and yet a step sees several families."""
+
+
+def specialize(
+    model: Any,
+    tokenizer: Any,
+    lessons: list[Problem],
+    settings: Specialize,
+    *,
+    seed: int,
+    compute: Compute,
+    checkpoints: Path,
+) -> tuple[Any, list[dict[str, float]]]:
+    """Fine-tune all weights on the lessons' solutions with TRL, resuming from the last of `checkpoints`.
+
+    The loss is on the solution and its end token only.
+
+    Returns:
+        The model, and the loss curve as rows of step, loss, learning_rate and gradient_norm.
+    """
+    from datasets import Dataset
+    from torch.nn.functional import cross_entropy
+    from torch.utils.data import SequentialSampler
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import SFTConfig, SFTTrainer
+
+    from q2t.distillation.batches import plan
+
+    class CompletionTrainer(SFTTrainer):
+        """TRL projects every position on the vocabulary, and back in float32; here only solutions' positions are,
+        in the compute dtype. Same loss. Rows come in the order that `plan` gave them."""
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            with self.compute_loss_context_manager():
+                hidden = model.model(
+                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+                ).last_hidden_state[:, :-1]
+                labels = inputs["labels"][:, 1:]
+                learnt = labels != -100
+                logits = model.lm_head(hidden[learnt]).float()
+                return cross_entropy(logits, labels[learnt], reduction="sum") / num_items_in_batch
+
+    rows = [
+        {
+            "prompt": tokenizer.apply_chat_template(
+                [{"role": "user", "content": lesson.question}], tokenize=False, add_generation_prompt=True
+            ),
+            "completion": lesson.solution + tokenizer.eos_token,
+        }
+        for lesson in lessons
+    ]
+    lengths = [len(tokenizer(row["prompt"] + row["completion"]).input_ids) for row in rows]
+    assert settings.batch_size % MICRO_BATCH == 0 or settings.batch_size < MICRO_BATCH
+    micro = min(MICRO_BATCH, settings.batch_size)
+    # One pass over this order is all epochs: in each, micro-batches of rows near in length, in steps that mix them.
+    order = [
+        row
+        for epoch in range(settings.epochs)
+        for step in plan(lengths, settings.batch_size, micro, seed=seed, epoch=epoch)
+        for group in step
+        for row in group
+    ]
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    arguments = SFTConfig(
+        output_dir=str(checkpoints),
+        num_train_epochs=1,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // micro,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_ratio=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=1.0,
+        bf16=compute.dtype == "bfloat16",
+        use_cpu=compute.device == "cpu",
+        # Few different shapes: oneDNN keeps a primitive for each.
+        pad_to_multiple_of=32,
+        max_length=None,
+        completion_only_loss=True,
+        gradient_checkpointing=False,
+        seed=seed,
+        data_seed=seed,
+        logging_steps=5,
+        save_strategy="steps",
+        save_steps=100,
+        save_total_limit=1,
+        report_to="none",
+        dataloader_num_workers=0,
+    )
+    trainer = CompletionTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list([rows[place] for place in order]),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
+    curve = [
+        {
+            "step": entry["step"],
+            "loss": entry["loss"],
+            "learning_rate": entry["learning_rate"],
+            "gradient_norm": entry["grad_norm"],
+        }
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    return trainer.model, curve

@@ -1,0 +1,85 @@
+"""The runtime against transformers' own generate, and its promises: streams of their own, batches that resume."""
+
+import pytest
+import torch
+
+from q2t.config import Compute, Scratch, Source
+from q2t.deployment.runtime import Request, load, sample
+from q2t.sources import fetch, load_model
+
+COMPUTE = Compute(threads=1, dtype="float32", device="cpu")
+SHAPE = Scratch(vocabulary=300, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2)
+QUESTIONS = ["What is a fox?", "Name three rivers in Europe and say where they end.", "Hi", "Count to five."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    target = tmp_path_factory.mktemp("model") / "tiny"
+    fetch("tiny", Source(scratch=SHAPE), target, corpus=QUESTIONS * 4)
+    return target
+
+
+def answers(runtime, requests, **settings):
+    settings = {"max_new_tokens": 12, "batch_size": 3} | settings
+    found = dict(pair for batch in runtime.generate(requests, **settings) for pair in batch)
+    return [found.get(place) for place in range(len(requests))]
+
+
+def test_greedy_is_what_transformers_generates(folder):
+    runtime = load(folder, COMPUTE)
+    requests = [Request(runtime.prompt(question)) for question in QUESTIONS]
+    model = load_model(folder)
+    for request, answer in zip(requests, answers(runtime, requests), strict=True):
+        ids = runtime.tokenizer(request.prompt, return_tensors="pt").input_ids
+        whole = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        assert answer.text == runtime.tokenizer.decode(whole, skip_special_tokens=True)
+        assert answer.completion_tokens == len(whole)
+        assert answer.prompt_tokens == ids.shape[1]
+
+
+def test_stream_is_the_greedy_answer_in_pieces(folder):
+    runtime = load(folder, COMPUTE)
+    (whole,) = answers(runtime, [Request(runtime.prompt(QUESTIONS[0]))])
+    assert "".join(runtime.stream(QUESTIONS[0], max_new_tokens=12)).rstrip("\N{REPLACEMENT CHARACTER}") == (
+        whole.text.rstrip("\N{REPLACEMENT CHARACTER}")
+    )
+
+
+def test_a_row_samples_from_its_own_stream_whatever_shares_its_batch(folder):
+    runtime = load(folder, COMPUTE)
+    requests = [Request(runtime.prompt(QUESTIONS[i % 4]), seed=i) for i in range(8)]
+    hot = {"temperature": 1.0, "top_p": 0.95}
+    together = answers(runtime, requests, **hot, batch_size=8)
+    alone = answers(runtime, requests, **hot, batch_size=1)
+    assert together == alone
+    assert len({answer.text for answer in together}) > 4
+
+
+def test_finished_batches_are_skipped_and_the_others_are_the_same(folder):
+    runtime = load(folder, COMPUTE)
+    requests = [Request(runtime.prompt(question), seed=i) for i, question in enumerate(QUESTIONS)]
+    whole = answers(runtime, requests, temperature=1.0, batch_size=2)
+    batches = list(runtime.generate(requests, temperature=1.0, batch_size=2, max_new_tokens=12))
+    first = {place for place, _ in batches[0]}
+    resumed = answers(runtime, requests, temperature=1.0, batch_size=2, finished=first)
+    assert [a for i, a in enumerate(resumed) if i not in first] == [a for i, a in enumerate(whole) if i not in first]
+    assert all(resumed[i] is None for i in first)
+
+
+def test_bits_are_the_cross_entropy_of_the_text_and_its_end(folder):
+    runtime = load(folder, COMPUTE)
+    prompt, text = runtime.prompt("Hi"), "A fox."
+    ids = runtime.tokenizer(prompt + text + "<|im_end|>", return_tensors="pt").input_ids
+    start = len(runtime.tokenizer(prompt).input_ids)
+    logprobs = load_model(folder)(ids).logits.log_softmax(-1)
+    expected = -sum(logprobs[0, i - 1, ids[0, i]].item() for i in range(start, ids.shape[1]))
+    assert runtime.bits(prompt, text) == pytest.approx(expected / 0.6931471805599453, rel=1e-4)
+
+
+def test_sampling_follows_the_nucleus():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
+    uniform = torch.linspace(0, 0.9999, 2000)
+    counts = sample(logits, uniform, 1.0, 0.9).bincount(minlength=4) / 2000
+    assert counts.tolist() == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=2e-3)
+    cold = sample(logits, uniform, 0.01, 1.0)
+    assert cold.eq(0).all()

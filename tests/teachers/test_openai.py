@@ -1,0 +1,358 @@
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tenacity import wait_none
+
+from q2t.config import Teacher
+from q2t.records import Completion, Problem, content_id, read_jsonl
+from q2t.teachers import openai
+from q2t.teachers.journal import Journal
+from q2t.teachers.openai import ATTEMPTS, Pointer, answers, load_pointer
+
+SECRET = "sk-very-secret"
+Reply = tuple[int, dict[str, str], bytes]
+Script = Callable[[dict[str, Any], int], Reply]
+"""From a request and how often its question was asked for this seed, from 1, to status, headers and body."""
+
+
+class Server(ThreadingHTTPServer):
+    """An endpoint on loopback that answers as its script says and remembers what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script: Script = lambda request, attempt: chat(f"answer to {request['messages'][-1]['content']}")
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.lock = threading.Lock()
+        self.at_once = self.most_at_once = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append(request)
+            self.server.headers.append(dict(self.headers))
+            self.server.paths.append(self.path)
+            attempt = sum(earlier == request for earlier in self.server.requests)
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        status, headers, body = self.server.script(request, attempt)
+        with self.server.lock:
+            self.server.at_once -= 1
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def chat(text: str | None, finish_reason: str = "stop", **message: Any) -> Reply:
+    body = {
+        "choices": [{"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish_reason}],
+        "usage": {"prompt_tokens": 7, "completion_tokens": 3},
+    }
+    return 200, {}, json.dumps(body).encode()
+
+
+def error(status: int, message: str = "no", **headers: str) -> Reply:
+    return (
+        status,
+        {k.replace("_", "-"): v for k, v in headers.items()},
+        json.dumps({"error": message}).encode(),
+    )
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(openai, "BACKOFF", wait_none())
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("EXPERT_KEY", SECRET)
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    return Journal(tmp_path / "journal.jsonl")
+
+
+def problem(number: int, domain: str = "target") -> Problem:
+    question = f"question {number}"
+    return Problem(
+        id=content_id(domain, number),
+        family="f",
+        domain=domain,  # type: ignore[arg-type]
+        split="questions",
+        inputs={},
+        question=question,
+        check={},
+    )
+
+
+PROBLEMS = [problem(number) for number in range(10)]
+
+
+def ask(server: Server, journal: Journal, problems: list[Problem] = PROBLEMS, **changes: Any) -> list[Completion]:
+    teacher = {
+        "model": "models/pointer",
+        "prompts": "questions",
+        "samples": 1,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "max_new_tokens": 64,
+        "batch_size": 4,
+    }
+    pointer = {"base_url": server.url, "model": "big", "api_key_env": "EXPERT_KEY", "system": "Think first."}
+    seed = changes.pop("seed", 1)
+    for name, value in changes.items():
+        (teacher if name in teacher else pointer)[name] = value
+    return answers(problems, Teacher(**teacher), Pointer(**pointer), journal, name="expert", seed=seed)  # type: ignore[arg-type]
+
+
+def test_answers_come_in_order_and_each_is_asked_once(server: Server, journal: Journal) -> None:
+    rows = ask(server, journal, samples=2)
+    assert [(row.problem_id, row.sample) for row in rows] == [(p.id, k) for p in PROBLEMS for k in (0, 1)]
+    assert rows[4].text == "answer to question 2" and rows[4].finish_reason == "stop"
+    assert (rows[4].prompt_tokens, rows[4].completion_tokens, rows[4].teacher) == (7, 3, "expert")
+    assert sorted(row.id for row in read_jsonl(journal.path, Completion)) == sorted(row.id for row in rows)
+    assert ask(server, Journal(journal.path), samples=2) == rows
+    assert len(server.requests) == 20
+    assert ask(server, Journal(journal.path), samples=3)[::3] == rows[::2]
+    assert len(server.requests) == 30
+
+
+def test_the_request_says_all_that_was_set(server: Server, journal: Journal) -> None:
+    ask(server, journal, PROBLEMS[:1], samples=3)
+    request = server.requests[0]
+    assert server.paths[0] == "/v1/chat/completions"
+    assert server.headers[0]["Authorization"] == f"Bearer {SECRET}"
+    assert request["messages"] == [
+        {"role": "system", "content": "Think first."},
+        {"role": "user", "content": "question 0"},
+    ]
+    assert (request["model"], request["temperature"], request["top_p"], request["max_tokens"]) == (
+        "big",
+        0.7,
+        0.9,
+        64,
+    )
+    assert len({request["seed"] for request in server.requests}) == 3
+    server.requests.clear()
+    ask(server, journal, PROBLEMS[:1], system="", api_key_env=None)
+    assert [message["role"] for message in server.requests[0]["messages"]] == ["user"]
+    assert "Authorization" not in server.headers[-1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"system": "Think twice."},
+        {"temperature": 0.8},
+        {"top_p": 1.0},
+        {"max_new_tokens": 65},
+        {"seed": 2},
+    ],
+)
+def test_whatever_shapes_the_answer_makes_a_new_question(
+    server: Server, journal: Journal, change: dict[str, Any]
+) -> None:
+    first = ask(server, journal, PROBLEMS[:1])
+    # The folder's name is no part of the answer, nor is how many are asked at once.
+    assert ask(server, journal, PROBLEMS[:1], model="models/other", batch_size=1) == first
+    assert ask(server, journal, PROBLEMS[:1], **change)[0].id != first[0].id
+    assert len(server.requests) == 2
+
+
+def test_model_and_endpoint_make_a_new_question(server: Server, journal: Journal) -> None:
+    teacher = Teacher(
+        model="m", prompts="questions", samples=1, temperature=0.0, top_p=1.0, max_new_tokens=8, batch_size=1
+    )
+    pointers = [
+        Pointer(base_url=server.url, model="big"),
+        Pointer(base_url=server.url, model="bigger"),
+        Pointer(base_url=server.url.replace("127.0.0.1", "localhost"), model="big"),
+    ]
+    ids = {answers(PROBLEMS[:1], teacher, p, journal, name="expert", seed=1)[0].id for p in pointers}
+    assert len(ids) == 3
+    same = Pointer(base_url=server.url + "/", model="big")
+    assert answers(PROBLEMS[:1], teacher, same, journal, name="expert", seed=1)[0].id in ids
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        error(500),
+        error(503),
+        error(429, Retry_After="0"),
+        error(408),
+        (200, {}, chat("a")[2][:-20]),
+        (200, {"Content-Length": "5000"}, b'{"choi'),
+        (200, {}, b'{"error": "overloaded"}'),
+        (200, {}, b"[]"),
+        (200, {}, b'{"choices": [], "usage": {}}'),
+        (200, {}, b'{"choices": [{"message": null, "finish_reason": "stop"}], "usage": {}}'),
+        (200, {}, b"<html>Bad gateway</html>"),
+    ],
+)
+def test_what_passes_is_tried_again(server: Server, journal: Journal, bad: Reply) -> None:
+    server.script = lambda request, attempt: bad if attempt < 3 else chat("at last")
+    assert [row.text for row in ask(server, journal, PROBLEMS[:2])] == ["at last"] * 2
+    assert len(server.requests) == 6
+
+
+def test_one_failure_loses_no_other_answer_and_the_next_run_asks_for_it_alone(server: Server, journal: Journal) -> None:
+    server.script = lambda request, attempt: (
+        error(500, "boom") if request["messages"][-1]["content"] == "question 3" else chat("fine")
+    )
+    with pytest.raises(ValueError, match="1 of 10 answers failed") as caught:
+        ask(server, journal)
+    assert PROBLEMS[3].id in str(caught.value) and "HTTP 500" in str(caught.value)
+    assert len(server.requests) == 9 + ATTEMPTS
+    assert len(Journal(journal.path).rows) == 9
+    server.requests.clear()
+    server.script = lambda request, attempt: chat("now")
+    rows = ask(server, Journal(journal.path))
+    assert [row.text for row in rows] == ["fine"] * 3 + ["now"] + ["fine"] * 6
+    assert len(server.requests) == 1
+
+
+def test_a_bad_request_fails_at_once_and_alone(server: Server, journal: Journal) -> None:
+    server.script = lambda request, attempt: (
+        error(400, "too long") if request["messages"][-1]["content"] == "question 0" else chat("fine")
+    )
+    with pytest.raises(ValueError, match="1 of 10 answers failed.*\n.*HTTP 400.*too long"):
+        ask(server, journal)
+    assert len(server.requests) == 10 and len(journal.rows) == 9
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_stops_the_asking_and_does_not_tell_the_key(
+    server: Server, journal: Journal, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(request: dict[str, Any], attempt: int) -> Reply:
+        time.sleep(0.02)
+        return error(status, f"Incorrect API key: {SECRET}")
+
+    server.script = refuse
+    many = [problem(number) for number in range(200)]
+    with (
+        caplog.at_level(logging.DEBUG),
+        pytest.raises(ValueError, match=f"200 of 200.*\n.*{status}") as caught,
+    ):
+        ask(server, journal, many)
+    assert len(server.requests) < 50
+    assert SECRET not in str(caught.value) + caplog.text
+    assert "and 180 more" in str(caught.value)
+
+
+def test_no_more_requests_at_once_than_asked_for(server: Server, journal: Journal) -> None:
+    def slow(request: dict[str, Any], attempt: int) -> Reply:
+        time.sleep(0.02)
+        return chat("a")
+
+    server.script = slow
+    ask(server, journal, batch_size=3)
+    assert server.most_at_once == 3
+
+
+def test_retry_after_is_obeyed(server: Server, journal: Journal) -> None:
+    server.script = lambda request, attempt: error(429, Retry_After="0.3") if attempt == 1 else chat("a")
+    start = time.monotonic()
+    ask(server, journal, PROBLEMS[:1])
+    assert 0.3 <= time.monotonic() - start < 3
+
+
+def test_a_full_disk_stops_the_asking(server: Server, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(request: dict[str, Any], attempt: int) -> Reply:
+        time.sleep(0.02)
+        return chat("a")
+
+    def full(rows: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    server.script = slow
+    monkeypatch.setattr(journal, "append", full)
+    with pytest.raises(OSError, match="No space left"):
+        ask(server, journal, [problem(number) for number in range(200)])
+    assert len(server.requests) < 50
+
+
+def test_finish_reasons(server: Server, journal: Journal) -> None:
+    server.script = lambda request, attempt: chat("half an ans", "length")
+    assert ask(server, journal, PROBLEMS[:1])[0].finish_reason == "length"
+    server.script = lambda request, attempt: chat("", "content_filter")
+    with pytest.raises(ValueError, match="finish_reason 'content_filter'"):
+        ask(server, journal, PROBLEMS[1:2])
+
+
+def test_reasoning_that_the_server_took_apart_is_put_back_for_target_problems(server: Server, journal: Journal) -> None:
+    server.script = lambda request, attempt: chat("<answer>5</answer>", reasoning_content="2 + 3")
+    assert ask(server, journal, PROBLEMS[:1])[0].text == "<think>2 + 3</think><answer>5</answer>"
+    assert ask(server, journal, [problem(1, "general")])[0].text == "<answer>5</answer>"
+    server.script = lambda request, attempt: chat("<think>a</think><answer>5</answer>", reasoning="other")
+    assert ask(server, journal, PROBLEMS[1:2])[0].text == "<think>a</think><answer>5</answer>"
+    server.script = lambda request, attempt: chat(None, "length", reasoning="2 +")
+    assert ask(server, journal, PROBLEMS[2:3])[0].text == "<think>2 +</think>"
+
+
+def test_half_an_emoji_is_replaced_and_a_whole_one_kept(server: Server, journal: Journal) -> None:
+    server.script = lambda request, attempt: chat("ok 🙂 \ud83d", "length")
+    assert ask(server, journal, PROBLEMS[:1])[0].text == "ok 🙂 \ufffd"
+    assert len(Journal(journal.path).rows) == 1
+
+
+def test_an_unreachable_server_is_named(server: Server, journal: Journal) -> None:
+    with pytest.raises(ValueError, match="1 of 1 answers failed.*\n.*ConnectError"):
+        ask(server, journal, PROBLEMS[:1], base_url="http://127.0.0.1:9/v1")
+
+
+def test_a_missing_key_is_named_unless_nothing_is_to_be_asked(
+    server: Server, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ask(server, journal)
+    monkeypatch.delenv("EXPERT_KEY")
+    assert ask(server, journal) == rows
+    with pytest.raises(ValueError, match="EXPERT_KEY is empty"):
+        ask(server, journal, seed=2)
+
+
+def test_a_pointer_is_read_and_its_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pointer\.json is missing"):
+        load_pointer(tmp_path)
+    file = tmp_path / "pointer.json"
+    file.write_text('{"base_url": "http://localhost:8000/v1", "model": "big"}')
+    assert load_pointer(tmp_path) == Pointer(base_url="http://localhost:8000/v1", model="big")
+    for text, named in [
+        ('{"model": "big"}', "base_url"),
+        ('{"base_url": "localhost:8000/v1", "model": "m"}', "base_url.*https"),
+        ('{"base_url": "http://u", "model": "m", "api_key": "sk-1"}', "api_key: .*valid keys: .*api_key_env"),
+        ("{", "the file"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=named) as caught:
+            load_pointer(tmp_path)
+        assert "sk-1" not in str(caught.value)
