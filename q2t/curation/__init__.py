@@ -1,0 +1,1 @@
+"""Which answers are worth learning: trajectory parser, rules, duplicates, mixing."""
