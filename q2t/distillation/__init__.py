@@ -1,0 +1,1 @@
+"""HOW it is passed on: soft labels, losses, batches, the training loop."""

@@ -1,0 +1,105 @@
+"""Rows to tensors: which rows share a step, and which position predicts which token.
+
+Rows are padded to the right, and attention is causal, so that no real token ever sees padding: no attention
+mask is needed. What is padding is known from the lengths, never from an id, so pad == eos is no problem.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from q2t.distillation.labels import Row
+
+BUCKET = 32
+"""Lengths are padded to multiples of this: oneDNN keeps a primitive and its memory per shape."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one forward pass, and their completion tokens in one line, row after row."""
+
+    input_ids: Tensor
+    """[rows, length], int64."""
+    predicts: Tensor
+    """[rows, length], bool: position i predicts token i + 1, a completion token. Nothing else shifts."""
+    targets: Tensor
+    """[tokens], int64: the completion tokens."""
+    weights: Tensor
+    """[tokens], float32: the weight of the token's row."""
+    top_ids: Tensor
+    """[tokens, k], int64; -1 where the row has no labels, k = 0 where no row has."""
+    top_logprobs: Tensor
+    """[tokens, k], float32."""
+    tail_logprob: Tensor
+    """[tokens], float32."""
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def collate(rows: Sequence["Row"]) -> Batch:
+    """Pad rows to the right, to the next multiple of BUCKET."""
+    lengths = [len(row.input_ids) for row in rows]
+    shape = (len(rows), -(-max(lengths) // BUCKET) * BUCKET)
+    input_ids = np.zeros(shape, np.int64)
+    predicts = np.zeros(shape, bool)
+    tokens = sum(row.completion_tokens for row in rows)
+    k = max(row.top_ids.shape[1] for row in rows)
+    top_ids = np.full((tokens, k), -1, np.int64)
+    top_logprobs = np.zeros((tokens, k), np.float32)
+    tail_logprob = np.zeros(tokens, np.float32)
+    weights = np.empty(tokens, np.float32)
+    end = 0
+    for i, row in enumerate(rows):
+        input_ids[i, : lengths[i]] = row.input_ids
+        predicts[i, row.prompt_length - 1 : lengths[i] - 1] = True
+        start, end = end, end + row.completion_tokens
+        weights[start:end] = row.weight
+        if len(row.top_ids):
+            top_ids[start:end] = row.top_ids
+            top_logprobs[start:end] = row.top_logprobs
+            tail_logprob[start:end] = row.tail_logprob
+    targets = np.concatenate([row.input_ids[row.prompt_length :] for row in rows]).astype(np.int64)
+    arrays = (input_ids, predicts, targets, weights, top_ids, top_logprobs, tail_logprob)
+    return Batch(*map(torch.from_numpy, arrays))
+
+
+def calibration(rows: Sequence["Row"], size: int = 16) -> Iterator[dict[str, Tensor]]:
+    """The rows as q2t.compression takes them: input_ids and attention_mask [rows, length], padded to the right."""
+    for start in range(0, len(rows), size):
+        chosen = rows[start : start + size]
+        input_ids = collate(chosen).input_ids
+        lengths = torch.tensor([len(row.input_ids) for row in chosen])
+        mask = torch.arange(input_ids.shape[1])[None] < lengths[:, None]
+        yield {"input_ids": input_ids, "attention_mask": mask.long()}
+
+
+def predicting_states(model: Any, batch: Batch) -> Tensor:
+    """Final hidden states [tokens, width] of the positions that predict the batch's targets."""
+    # All ones, padding too: transformers then takes the fused causal kernel. Given None, it builds a mask.
+    everything = torch.ones_like(batch.input_ids)
+    output = model.base_model(input_ids=batch.input_ids, attention_mask=everything, use_cache=False)
+    return output.last_hidden_state[batch.predicts]
+
+
+def plan(lengths: Sequence[int], batch_size: int, micro_batch: int, *, seed: int, epoch: int) -> list[list[list[int]]]:
+    """Row indices of an epoch: steps of batch_size rows, each cut into micro-batches of micro_batch rows.
+
+    Rows of a micro-batch are near in length, which saves padding; the micro-batches of a step come from
+    anywhere, since rows of one length are often of one family, and a step should see several. Every row comes
+    once, and there are ceil(rows / batch_size) steps. A function of its arguments alone, so that a resumed
+    run needs no state.
+    """
+    assert batch_size % micro_batch == 0
+    rng = np.random.default_rng([seed, epoch])
+    shuffled = rng.permutation(len(lengths)).tolist()
+    by_length = sorted(shuffled, key=lambda i: -(-lengths[i] // BUCKET))
+    micro = [by_length[i : i + micro_batch] for i in range(0, len(by_length), micro_batch)]
+    micro = [micro[i] for i in rng.permutation(len(micro))]
+    per_step = batch_size // micro_batch
+    return [micro[i : i + per_step] for i in range(0, len(micro), per_step)]

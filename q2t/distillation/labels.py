@@ -1,0 +1,240 @@
+"""Soft labels: what the writer of a row would have said at each of its tokens, in the row itself, in student
+ids."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from q2t.records import Example
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK = 256
+"""Positions whose logits exist at one time."""
+
+
+def _no_labels() -> np.ndarray:
+    return np.empty((0, 0), np.uint16)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A training row. Labels are per completion token: entry i is of the position that predicts token i."""
+
+    id: str
+    domain: str
+    family: str
+    weight: float
+    input_ids: np.ndarray
+    """[prompt + completion], int32, in student ids; the last one is eos."""
+    prompt_length: int
+    top_ids: np.ndarray = field(default_factory=_no_labels)
+    """[completion, k], uint16 or int32, most probable first; [0, k] if the teacher gives no labels."""
+    top_logprobs: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float16))
+    """[completion, k], float16, natural logarithm."""
+    tail_logprob: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    """[completion], float32: log of the mass of all other tokens, those that the student lacks among them."""
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.input_ids) - self.prompt_length
+
+
+def prompts(tokenizer: Any, examples: Sequence[Example]) -> list[str]:
+    """The questions in the model's chat template, up to where the answers begin."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": example.question}], tokenize=False, add_generation_prompt=True
+        )
+        for example in examples
+    ]
+
+
+def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Row]:
+    """Rows without labels: the prompt as at generation, then text and eos.
+
+    Prompt and completion are segmented apart, since a model that answers has its prompt segmented alone.
+    """
+    texts = [example.text for example in examples]
+    rows = []
+    for example, prompt, completion in zip(
+        examples,
+        tokenizer(prompts(tokenizer, examples), add_special_tokens=False).input_ids if examples else [],
+        tokenizer(texts, add_special_tokens=False).input_ids if examples else [],
+        strict=True,
+    ):
+        ids = np.array([*prompt, *completion, tokenizer.eos_token_id], np.int32)
+        rows.append(Row(example.id, example.domain, example.family, example.weight, ids, len(prompt)))
+    return rows
+
+
+def label(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    top_k: int,
+    batch_size: int,
+    to_student: "Tensor | None",
+    student_tokenizer: Any,
+) -> list[Row]:
+    """Rows with the log-probabilities of `model`, which wrote them, in the order of the examples.
+
+    Args:
+        model: the writer, a causal language model.
+        tokenizer: the writer's.
+        top_k: tokens kept per position, the best of those that the student has.
+        batch_size: rows per forward pass.
+        to_student: [teacher vocabulary], student id or -1; None if the ids are the same.
+        student_tokenizer: has to give the mapped ids on every row.
+
+    Raises:
+        ValueError: a row is segmented otherwise by the student; names the row. Or top_k is not smaller than
+            the shared vocabulary.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from q2t.distillation.batches import collate, predicting_states
+
+    rows = encode(tokenizer, examples)
+    student_rows = encode(student_tokenizer, examples)
+    head = model.get_output_embeddings().weight
+    device = head.device
+    to_student = torch.arange(len(head)) if to_student is None else to_student.cpu()
+    _check_segmentation(rows, student_rows, to_student.numpy(), student_tokenizer)
+
+    of_teacher = (to_student >= 0).nonzero().squeeze(1)
+    if top_k >= len(of_teacher):
+        raise ValueError(
+            f"label.top_k is {top_k}, but the student knows {len(of_teacher)} of the teacher's tokens: "
+            "choose a smaller top_k"
+        )
+    of_student = to_student[of_teacher].numpy()
+    of_teacher = of_teacher.to(device)
+    id_type = np.uint16 if of_student.max() < 2**16 else np.int32
+    # Longest first: what does not fit into memory fails at once.
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    labelled: dict[int, Row] = {}
+    model.eval()
+    with torch.inference_mode(), tqdm(total=len(rows), desc="label", unit="row") as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([rows[i] for i in chosen]).to(device)
+            hidden = predicting_states(model, batch)
+            parts = [_top(part @ head.T, of_teacher, top_k) for part in hidden.split(CHUNK)]
+            columns, top_logprobs, tail_logprob = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+            top_ids = of_student[columns].astype(id_type)
+            top_logprobs = top_logprobs.astype(np.float16)
+            end = 0
+            for i in chosen:
+                begin, end = end, end + rows[i].completion_tokens
+                labelled[i] = replace(
+                    student_rows[i],
+                    top_ids=top_ids[begin:end],
+                    top_logprobs=top_logprobs[begin:end],
+                    tail_logprob=tail_logprob[begin:end],
+                )
+            bar.update(len(chosen))
+    return [labelled[i] for i in range(len(rows))]
+
+
+def _top(logits: "Tensor", of_teacher: "Tensor", k: int) -> tuple["Tensor", "Tensor", "Tensor"]:
+    """Columns of `of_teacher` [tokens, k], their log-probabilities [tokens, k], the log of all other mass
+    [tokens]."""
+    logits = logits.float()
+    normaliser = logits.logsumexp(1, keepdim=True)
+    top, columns = logits[:, of_teacher].topk(k, dim=1)
+    # Not log(1 - sum): that has no digits left where the teacher is sure.
+    tail = logits.scatter_(1, of_teacher[columns], -float("inf")).logsumexp(1)
+    return columns, top - normaliser, tail - normaliser.squeeze(1)
+
+
+def _check_segmentation(rows: list[Row], student_rows: list[Row], to_student: np.ndarray, student: Any) -> None:
+    for row, expected in zip(rows, student_rows, strict=True):
+        mapped = to_student[row.input_ids]
+        if row.prompt_length == expected.prompt_length and np.array_equal(mapped, expected.input_ids):
+            continue
+        shared = min(len(mapped), len(expected.input_ids))
+        differs = np.flatnonzero(mapped[:shared] != expected.input_ids[:shared])
+        at = int(differs[0]) if len(differs) else shared
+        token = student.convert_ids_to_tokens(expected.input_ids[at : at + 1].tolist())
+        raise ValueError(
+            f"row {row.id}: token {at} is {mapped[at : at + 1].tolist()} by the vocabulary map and "
+            f"{expected.input_ids[at : at + 1].tolist()} {token} by the student's tokenizer: "
+            "labels would belong to other tokens. Rebuild the student's vocabulary from these rows"
+        )
+
+
+def write(path: Path, rows: Sequence[Row], *, top_k: int, teachers: dict[str, str]) -> None:
+    """Publish rows as Parquet; equal rows give equal bytes.
+
+    Args:
+        teachers: name to fingerprint of those that labelled, kept in the schema's metadata beside top_k.
+    """
+    id_type = next((row.top_ids.dtype for row in rows if len(row.top_ids)), np.dtype(np.uint16))
+    ids = _concatenate([row.top_ids.ravel() for row in rows], id_type)
+    logprobs = _concatenate([row.top_logprobs.ravel() for row in rows], np.float16)
+    labels = [len(row.top_ids) for row in rows]
+    columns = {
+        "id": pa.array([row.id for row in rows], pa.string()),
+        "domain": pa.array([row.domain for row in rows], pa.string()),
+        "family": pa.array([row.family for row in rows], pa.string()),
+        "weight": pa.array([row.weight for row in rows], pa.float32()),
+        "input_ids": _lists([len(r.input_ids) for r in rows], _concatenate([r.input_ids for r in rows], np.int32)),
+        "prompt_length": pa.array([row.prompt_length for row in rows], pa.int32()),
+        "top_ids": _lists(labels, pa.FixedSizeListArray.from_arrays(ids, top_k)),
+        "top_logprobs": _lists(labels, pa.FixedSizeListArray.from_arrays(logprobs, top_k)),
+        "tail_logprob": _lists(labels, _concatenate([row.tail_logprob for row in rows], np.float32)),
+    }
+    metadata = {"top_k": str(top_k)} | {f"teacher.{name}": teachers[name] for name in sorted(teachers)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    pq.write_table(pa.table(columns, metadata=metadata), partial, compression="zstd", row_group_size=1024)
+    os.replace(partial, path)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of `write`, in order."""
+    table = pq.read_table(path).combine_chunks()
+    k = int(table.schema.metadata[b"top_k"])
+    plain = table.select(["id", "domain", "family", "weight", "prompt_length"]).to_pylist()
+    lists = {name: _arrays(table[name]) for name in ("input_ids", "top_ids", "top_logprobs", "tail_logprob")}
+    return [
+        Row(
+            **plain[i],
+            input_ids=lists["input_ids"][i],
+            top_ids=lists["top_ids"][i].reshape(-1, k),
+            top_logprobs=lists["top_logprobs"][i].reshape(-1, k),
+            tail_logprob=lists["tail_logprob"][i],
+        )
+        for i in range(len(plain))
+    ]
+
+
+def _concatenate(parts: list[np.ndarray], dtype: Any) -> pa.Array:
+    return pa.array(np.concatenate([np.empty(0, dtype), *parts]).astype(dtype))
+
+
+def _lists(lengths: list[int], values: pa.Array) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *lengths]), pa.int32()), values)
+
+
+def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """One array per list, flat, without copying the values."""
+    if column.num_chunks == 0:
+        return []
+    array = column.chunk(0)
+    offsets = array.offsets.to_numpy()
+    flat = array.values
+    if pa.types.is_fixed_size_list(flat.type):
+        offsets, flat = offsets * flat.type.list_size, flat.values
+    values = flat.to_numpy()
+    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]

@@ -1,0 +1,125 @@
+"""A tokenizer of single bytes, random models and rows, all tiny."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from q2t.config import Compute, Distill
+from q2t.distillation.labels import Row
+from q2t.records import Example
+
+VOCABULARY = 300
+
+
+def tiny_model(seed: int = 0, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        pad_token_id=1,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def byte_tokenizer(specials: tuple[str, ...] = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")) -> Any:
+    """One token per byte, after the special tokens: another order of these gives other ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*specials, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return fast
+
+
+def make_examples(count: int) -> list[Example]:
+    return [
+        Example(
+            id=f"e{i}",
+            problem_id=f"p{i}",
+            family="divider",
+            domain="general" if i % 5 == 4 else "target",
+            teacher="t",
+            question="R" * (1 + 7 * i % 23),
+            text="<think>" + "x" * (3 + 11 * i % 41) + f"</think><answer>{i}k ohm</answer>",
+            weight=0.5 + i % 3,
+        )
+        for i in range(count)
+    ]
+
+
+def make_rows(count: int, k: int = 4, seed: int = 0, unlabelled_every: int = 0) -> list[Row]:
+    """Random rows of unequal lengths, eos (1) inside and at the end, with random but valid labels."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        prompt, completion = int(rng.integers(1, 30)), int(rng.integers(1, 60))
+        ids = rng.integers(1, VOCABULARY, prompt + completion).astype(np.int32)
+        ids[-1] = 1
+        labels = {}
+        if not (unlabelled_every and i % unlabelled_every == 0):
+            probabilities = rng.dirichlet(np.ones(k + 1), completion)
+            top = [rng.choice(VOCABULARY, k, replace=False) for _ in range(completion)]
+            labels = {
+                "top_ids": np.array(top, np.uint16),
+                "top_logprobs": np.log(probabilities[:, :k]).astype(np.float16),
+                "tail_logprob": np.log(probabilities[:, k]).astype(np.float32),
+            }
+        rows.append(Row(f"r{i}", "target", "divider", 0.5 + i % 2, ids, prompt, **labels))
+    return rows
+
+
+SETTINGS = Distill(
+    epochs=2, learning_rate=0.01, batch_size=4, warmup=0.2, weight_decay=0.01, alpha=0.6, temperature=2.0
+)
+
+
+@pytest.fixture
+def compute() -> Compute:
+    return Compute(threads=1, dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def model() -> Callable[..., Any]:
+    return tiny_model
+
+
+@pytest.fixture
+def tokenizer() -> Callable[..., Any]:
+    return byte_tokenizer
+
+
+@pytest.fixture
+def examples() -> Callable[[int], list[Example]]:
+    return make_examples
+
+
+@pytest.fixture
+def rows() -> Callable[..., list[Row]]:
+    return make_rows
+
+
+@pytest.fixture
+def settings() -> Distill:
+    return SETTINGS

@@ -1,0 +1,99 @@
+"""Which position predicts what, and which rows meet."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from q2t.distillation.batches import BUCKET, calibration, collate, plan, predicting_states
+
+
+def test_a_position_predicts_the_next_token(rows: Any) -> None:
+    chosen = rows(7)
+    batch = collate(chosen)
+    following = batch.input_ids.roll(-1, dims=1)
+    torch.testing.assert_close(following[batch.predicts], batch.targets)
+    assert len(batch.targets) == sum(row.completion_tokens for row in chosen)
+    assert batch.input_ids.shape[1] % BUCKET == 0
+
+
+def test_eos_is_learnt_though_pad_is_eos(rows: Any) -> None:
+    """Every row ends with eos, which is the pad token too: it has to be among the targets."""
+    batch = collate(rows(5))
+    ends = np.cumsum([row.completion_tokens for row in rows(5)]) - 1
+    assert (batch.targets[ends] == 1).all()
+
+
+def test_padding_is_never_seen(rows: Any, model: Any) -> None:
+    """Alone or padded, and whatever the padding holds, a row has the same states as with an explicit mask."""
+    chosen, network = rows(6), model().eval()
+    batch = collate(chosen)
+    with torch.no_grad():
+        states = predicting_states(network, batch)
+        lengths = torch.tensor([len(row.input_ids) for row in chosen])
+        real = torch.arange(batch.input_ids.shape[1]) < lengths[:, None]
+        masked = network.base_model(batch.input_ids, attention_mask=real.long()).last_hidden_state
+        garbage = replace(batch, input_ids=torch.where(real, batch.input_ids, 77))
+        torch.testing.assert_close(states, masked[batch.predicts], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(states, predicting_states(network, garbage))
+        alone = torch.cat([predicting_states(network, collate([row])) for row in chosen])
+        torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fused_causal_kernel_is_taken(rows: Any, model: Any, monkeypatch: Any) -> None:
+    masks = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*arguments: Any, **named: Any) -> Any:
+        masks.append((named["attn_mask"], named["is_causal"]))
+        return attention(*arguments, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    predicting_states(model(), collate(rows(3)))
+    assert masks and all(mask is None and causal for mask, causal in masks)
+
+
+def test_labels_follow_their_rows(rows: Any) -> None:
+    chosen = rows(6, unlabelled_every=2)
+    batch = collate(chosen)
+    start = 0
+    for row in chosen:
+        piece = slice(start, start := start + row.completion_tokens)
+        assert (batch.weights[piece] == row.weight).all()
+        if len(row.top_ids):
+            assert (batch.top_ids[piece].numpy() == row.top_ids).all()
+            assert (batch.top_logprobs[piece].numpy() == row.top_logprobs.astype(np.float32)).all()
+            assert (batch.tail_logprob[piece].numpy() == row.tail_logprob).all()
+        else:
+            assert (batch.top_ids[piece] == -1).all()
+    assert collate(rows(3, unlabelled_every=1)).top_ids.shape[1] == 0
+
+
+def test_plan_has_every_row_once_per_epoch() -> None:
+    lengths = np.random.default_rng(0).integers(20, 300, 101).tolist()
+    steps = plan(lengths, 16, 8, seed=1, epoch=0)
+    assert sorted(i for step in steps for micro in step for i in micro) == list(range(101))
+    assert len(steps) == 7
+    assert all(len(micro) <= 8 for step in steps for micro in step)
+    assert steps == plan(lengths, 16, 8, seed=1, epoch=0)
+    assert steps != plan(lengths, 16, 8, seed=1, epoch=1)
+    assert steps != plan(lengths, 16, 8, seed=2, epoch=0)
+
+
+def test_plan_pads_little_and_mixes_lengths() -> None:
+    lengths = np.random.default_rng(0).integers(20, 300, 400).tolist()
+    steps = plan(lengths, 16, 4, seed=1, epoch=0)
+    padded = sum(len(micro) * -(-max(lengths[i] for i in micro) // BUCKET) * BUCKET for s in steps for micro in s)
+    assert padded < 1.2 * sum(lengths)
+    steps_lengths = [[lengths[i] for micro in step for i in micro] for step in steps]
+    assert np.mean([max(step) - min(step) for step in steps_lengths]) > 140
+
+
+def test_calibration_batches_hide_padding_and_nothing_else(rows: Any) -> None:
+    chosen = rows(5)
+    found = list(calibration(chosen, size=2))
+    assert [len(batch["input_ids"]) for batch in found] == [2, 2, 1]
+    shown = [(ids, mask) for b in found for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)]
+    for (ids, mask), row in zip(shown, chosen, strict=True):
+        assert ids[mask.bool()].tolist() == row.input_ids.tolist()

@@ -1,0 +1,164 @@
+"""Labels belong to the tokens beside them, in the student's ids."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from q2t.distillation import labels
+from q2t.distillation.batches import collate
+from q2t.distillation.losses import completion_loss
+
+
+def call(model: Any, teacher: Any, examples: Any, **changed: Any) -> list[labels.Row]:
+    arguments = {"top_k": 20, "batch_size": 3, "to_student": None, "student_tokenizer": teacher}
+    return labels.label(model, teacher, examples, **(arguments | changed))
+
+
+def loss_of(model: Any, rows: list[labels.Row], temperature: float = 1.0) -> Any:
+    """KL of the model's own completion states against the labels, per token."""
+    batch = collate(rows)
+    with torch.no_grad():
+        states = model.base_model(input_ids=batch.input_ids).last_hidden_state
+        terms = completion_loss(
+            states[batch.predicts],
+            model.lm_head.weight,
+            batch.targets,
+            batch.top_ids,
+            batch.top_logprobs,
+            batch.tail_logprob,
+            batch.weights,
+            0.5,
+            temperature,
+            64,
+        )
+        logits = states[batch.predicts] @ model.lm_head.weight.T
+    return float(terms.kl) / len(batch.targets), logits.argmax(1), batch
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_teacher_as_student_has_no_loss(model: Any, tokenizer: Any, examples: Any, temperature: float) -> None:
+    network = model()
+    rows = call(network, tokenizer(), examples(7))
+    kl, best, batch = loss_of(network, rows, temperature)
+    assert abs(kl) < 1e-4  # float16's rounding
+    assert (best == batch.top_ids[:, 0]).all()
+
+
+def test_labels_of_the_next_position_have_a_loss(model: Any, tokenizer: Any, examples: Any) -> None:
+    network = model()
+    rows = call(network, tokenizer(), examples(7))
+    for row in rows:
+        for values in (row.top_ids, row.top_logprobs, row.tail_logprob):
+            values[:-1] = values[1:].copy()
+    assert loss_of(network, rows)[0] > 0.1
+
+
+def test_labels_are_the_models_logprobs(model: Any, tokenizer: Any, examples: Any) -> None:
+    """Against the plain forward pass of one row, without batches, buckets or chunks."""
+    network, text = model().eval(), tokenizer()
+    row = call(network, text, examples(4))[2]
+    example = examples(4)[2]
+    assert text.decode(row.input_ids[row.prompt_length :]) == example.text + "<|im_end|>"
+    assert text.decode(row.input_ids[: row.prompt_length]) == (
+        f"<|im_start|>user\n{example.question}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with torch.no_grad():
+        logprobs = network(torch.tensor(row.input_ids[None]).long()).logits[0].log_softmax(-1)
+    expected = logprobs[row.prompt_length - 1 : -1]
+    top, ids = expected.topk(20, dim=1)
+    assert (ids.numpy() == row.top_ids).all()
+    np.testing.assert_allclose(row.top_logprobs, top, rtol=1e-3)
+    mass = np.exp(row.top_logprobs.astype(float)).sum(1) + np.exp(row.tail_logprob)
+    np.testing.assert_allclose(mass, 1, atol=2e-3)
+
+
+def test_order_and_batch_size_change_nothing(model: Any, tokenizer: Any, examples: Any) -> None:
+    network, text = model(), tokenizer()
+    one, many = (call(network, text, examples(9), batch_size=size) for size in (1, 9))
+    assert [row.id for row in one] == [f"e{i}" for i in range(9)] == [row.id for row in many]
+    for a, b in zip(one, many, strict=True):
+        assert (a.input_ids == b.input_ids).all()
+        np.testing.assert_allclose(a.tail_logprob, b.tail_logprob, atol=1e-4)
+
+
+def test_a_smaller_student_gets_its_own_ids(model: Any, tokenizer: Any, examples: Any) -> None:
+    """The student has other ids and lacks a token: its mass is in the tail."""
+    teacher = tokenizer()
+    student = tokenizer(("<|im_end|>", "<|im_start|>"))
+    to_student = torch.tensor(
+        [student.get_vocab().get(t, -1) for t in teacher.convert_ids_to_tokens(range(len(teacher)))]
+    )
+    assert (to_student == -1).sum() == 1
+    network = model(vocabulary=len(teacher))
+    with torch.no_grad():  # the dropped token is a likely one
+        network.lm_head.weight[0] *= 20
+    plain = call(network, teacher, examples(5))
+    mapped = call(network, teacher, examples(5), to_student=to_student, student_tokenizer=student)
+    dropped = 0
+    for a, b in zip(plain, mapped, strict=True):
+        assert (to_student[torch.tensor(a.input_ids).long()].numpy() == b.input_ids).all()
+        assert (b.top_ids < len(student)).all()
+        for ids, logprobs, tail, new_ids, new_logprobs, new_tail in zip(
+            a.top_ids,
+            a.top_logprobs,
+            a.tail_logprob,
+            b.top_ids,
+            b.top_logprobs,
+            b.tail_logprob,
+            strict=True,
+        ):
+            kept = ids != 0
+            assert new_ids[: kept.sum()].tolist() == to_student[ids[kept].astype(int)].tolist()
+            np.testing.assert_allclose(new_logprobs[: kept.sum()], logprobs[kept], atol=1e-3)
+            if not kept.all():
+                dropped += 1
+                # The next best token took the dropped one's place.
+                before = np.exp(tail) + np.exp(float(logprobs[~kept][0]))
+                after = np.exp(new_tail) + np.exp(float(new_logprobs[-1]))
+                np.testing.assert_allclose(after, before, atol=2e-3)
+    assert dropped > 5
+
+
+def test_a_wrong_map_names_the_row(model: Any, tokenizer: Any, examples: Any) -> None:
+    text = tokenizer()
+    to_student = torch.arange(len(text))
+    x = text.convert_tokens_to_ids("k")
+    to_student[x] = -1
+    with pytest.raises(ValueError, match=r"row e0: token \d+ is \[-1\]"):
+        call(model(), text, examples(2), to_student=to_student)
+
+
+def test_top_k_of_all_tokens_is_refused(model: Any, tokenizer: Any, examples: Any) -> None:
+    with pytest.raises(ValueError, match="top_k"):
+        call(model(), tokenizer(), examples(1), top_k=300)
+
+
+def test_parquet_keeps_everything_in_equal_bytes(rows: Any, tmp_path: Path) -> None:
+    written = rows(9, unlabelled_every=4)
+    for name in ("a", "b"):
+        labels.write(tmp_path / name, written, top_k=4, teachers={"z": "2", "a": "1"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    metadata = pq.read_schema(tmp_path / "a").metadata
+    assert metadata[b"top_k"] == b"4" and metadata[b"teacher.a"] == b"1" and metadata[b"teacher.z"] == b"2"
+    for row, copy in zip(written, labels.read(tmp_path / "a"), strict=True):
+        assert (row.id, row.domain, row.family, row.weight, row.prompt_length) == (
+            copy.id,
+            copy.domain,
+            copy.family,
+            copy.weight,
+            copy.prompt_length,
+        )
+        for name in ("input_ids", "top_ids", "top_logprobs", "tail_logprob"):
+            a, b = getattr(row, name), getattr(copy, name)
+            assert len(a) == len(b) and (len(a) == 0 or (a.dtype == b.dtype and (a == b).all()))
+
+
+def test_parquet_without_any_labels(rows: Any, tmp_path: Path) -> None:
+    labels.write(tmp_path / "a", rows(3, unlabelled_every=1), top_k=4, teachers={})
+    copies = labels.read(tmp_path / "a")
+    assert [len(row.top_ids) for row in copies] == [0, 0, 0]
+    assert collate(copies).top_ids.shape[1] in (0, 4)

@@ -1,0 +1,253 @@
+"""The gradient, and the bytes of a run: killed, resumed or neither."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_model
+
+from q2t.config import Optimizer
+from q2t.distillation import loop
+from q2t.distillation.batches import collate
+
+
+@pytest.fixture
+def accelerator() -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True)
+
+
+def weights(model: Any, path: Path) -> bytes:
+    save_model(model, str(path))
+    return path.read_bytes()
+
+
+def gradient(model: Any, micro_batches: list[Any], settings: Any, accelerator: Any) -> Any:
+    model.zero_grad()
+    losses = loop.accumulate(model, micro_batches, settings, accelerator)
+    return losses, [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("count", [8, 5])
+def test_the_split_into_micro_batches_changes_nothing(
+    count: int, model: Any, rows: Any, settings: Any, accelerator: Any
+) -> None:
+    """1, 4 and 8 micro-batches, unequal lengths, a last short one, rows without labels, pad == eos."""
+    network, chosen = model(dtype=torch.float64), rows(count, unlabelled_every=3)
+    whole = gradient(network, [chosen], settings, accelerator)
+    for size in (2, 1, 3):
+        split = [chosen[i : i + size] for i in range(0, count, size)]
+        torch.testing.assert_close(gradient(network, split, settings, accelerator), whole)
+
+
+def test_the_loss_is_that_of_the_definition(model: Any, rows: Any, settings: Any, accelerator: Any) -> None:
+    """Through the model's own logits and torch's own cross-entropy."""
+    network, chosen = model(dtype=torch.float64), rows(6, unlabelled_every=1)
+    (loss, task, kl), _ = gradient(network, [chosen], settings, accelerator)
+    total = tokens = weighted = 0.0
+    with torch.no_grad():
+        for row in chosen:
+            ids = torch.tensor(row.input_ids[None]).long()
+            logits = network(ids).logits[0, row.prompt_length - 1 : -1]
+            ce = float(torch.nn.functional.cross_entropy(logits, ids[0, row.prompt_length :], reduction="sum"))
+            total, weighted = total + ce, weighted + row.weight * ce
+            tokens += row.completion_tokens
+    assert (task, loss) == (pytest.approx(total / tokens), pytest.approx(weighted / tokens))
+    assert kl == 0
+
+
+def test_prompt_tokens_are_not_learnt(model: Any, rows: Any, settings: Any, accelerator: Any) -> None:
+    """Logits of positions that predict prompt tokens get no gradient: no prompt token is pushed up."""
+    network = model()
+    network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.detach().clone())  # untied
+    row = rows(1, unlabelled_every=1)[0]
+    row.input_ids[: row.prompt_length] = 200
+    row.input_ids[row.prompt_length :] = np.where(row.input_ids[row.prompt_length :] == 200, 201, 1)
+    assert row.prompt_length > 3
+    gradient(network, [[row]], settings, accelerator)
+    states = network.base_model(torch.tensor(row.input_ids[None]).long()).last_hidden_state[0]
+    states = states[row.prompt_length - 1 : -1].detach()
+    probabilities = (states @ network.lm_head.weight.T).softmax(-1)
+    expected = row.weight * probabilities[:, 200] @ states / row.completion_tokens
+    torch.testing.assert_close(network.lm_head.weight.grad[200], expected, rtol=1e-4, atol=1e-6)
+
+
+def run(model: Any, rows: Any, settings: Any, compute: Any, folder: Path, **more: Any) -> tuple[bytes, bytes]:
+    trained = loop.train(
+        model(),
+        rows(22, unlabelled_every=5),
+        settings,
+        seed=3,
+        compute=compute,
+        checkpoints=folder / "checkpoints",
+        curve=folder / "curve.csv",
+        **{"save_every": 3, **more},
+    )
+    return weights(trained, folder / "model"), (folder / "curve.csv").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_runs_give_equal_bytes_and_learn(
+    dtype: str, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+) -> None:
+    compute = compute.model_copy(update={"dtype": dtype})
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = run(model, rows, settings, compute, tmp_path / "a")
+    assert first == run(model, rows, settings, compute, tmp_path / "b", save_every=1000)
+    lines = [line.split(",") for line in first[1].decode().splitlines()]
+    assert lines[0] == list(loop.CURVE)
+    assert [line[0] for line in lines[1:]] == [str(i + 1) for i in range(12)]
+    losses = [float(line[1]) for line in lines[1:]]
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+@pytest.mark.parametrize("killed_at", [0, 3, 4, 8, 11])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    killed_at: int,
+    model: Any,
+    rows: Any,
+    settings: Any,
+    compute: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = run(model, rows, settings, compute, tmp_path / "whole")
+    accumulate = loop.accumulate
+    steps = []
+
+    def killed(*arguments: Any) -> Any:
+        if arguments[-1] == killed_at:
+            raise KeyboardInterrupt
+        return accumulate(*arguments)
+
+    def counted(*arguments: Any) -> Any:
+        steps.append(arguments[-1])
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(loop, "accumulate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, rows, settings, compute, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "curve.csv").exists()
+    monkeypatch.setattr(loop, "accumulate", counted)
+    assert run(model, rows, settings, compute, tmp_path / "killed") == whole
+    assert steps == list(range(killed_at // 3 * 3, 12))
+    assert [p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-12"]
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from conftest import SETTINGS, make_rows, tiny_model
+from q2t.config import Compute
+from q2t.distillation import loop
+folder, at = Path(sys.argv[1]), int(sys.argv[3])
+save = loop._save
+def dying(checkpoints, step, *rest):
+    save(checkpoints, step, *rest)
+    if step == at:
+        # The next checkpoint is half written when the process dies.
+        (checkpoints / f"step-{step + 1}.partial").mkdir()
+        (checkpoints / f"step-{step + 1}.partial" / "model.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+loop._save = dying
+loop.train(tiny_model(), make_rows(22, unlabelled_every=5), SETTINGS, seed=3,
+    compute=Compute(threads=1, dtype="float32", device="cpu"),
+    checkpoints=folder / "checkpoints", curve=folder / "curve.csv", save_every=3)
+"""
+
+
+def test_sigkill(model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": str(here.parents[1])}
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path / "killed"), str(here), "6"], env=environment, check=False
+    )
+    assert child.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed" / "checkpoints" / "step-6").is_dir()
+    resumed = run(model, rows, settings, compute, tmp_path / "killed")
+    assert resumed == run(model, rows, settings, compute, tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+) -> None:
+    network, bad = model(), rows(4)
+    bad[2].top_logprobs[0, 0] = np.nan
+    before = weights(network, tmp_path / "before")
+    with pytest.raises(ValueError, match=r"loss is nan at step 1, rows .*r2"):
+        loop.train(
+            network,
+            bad,
+            settings,
+            seed=0,
+            compute=compute,
+            checkpoints=tmp_path / "checkpoints",
+            curve=tmp_path / "curve.csv",
+        )
+    assert weights(network, tmp_path / "after") == before
+    assert not (tmp_path / "curve.csv").exists()
+
+
+def test_plain_settings_ignore_labels(model: Any, rows: Any, accelerator: Any) -> None:
+    plain = Optimizer(epochs=1, learning_rate=0.01, batch_size=4, warmup=0.0, weight_decay=0.0)
+    chosen = rows(4)
+    for row in chosen:
+        object.__setattr__(row, "weight", 1.0)
+    loss, task, _ = loop.accumulate(model(), [chosen], plain, accelerator)
+    assert loss == pytest.approx(task)
+
+
+def test_every_epoch_has_all_rows_in_another_order(
+    model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulate, seen = loop.accumulate, []
+
+    def recorded(network: Any, micro_batches: Any, *rest: Any) -> Any:
+        seen.append([row.id for micro in micro_batches for row in micro])
+        return accumulate(network, micro_batches, *rest)
+
+    monkeypatch.setattr(loop, "accumulate", recorded)
+    run(model, rows, settings, compute, tmp_path)
+    first, second = (sum(epoch, []) for epoch in (seen[:6], seen[6:]))
+    assert sorted(first) == sorted(second) == sorted(f"r{i}" for i in range(22))
+    assert first != second
+
+
+def test_schedule() -> None:
+    factors = [loop.schedule(step, 100, 0.1) for step in range(100)]
+    assert factors[10] == 1.0 == max(factors)
+    assert factors[0] == pytest.approx(1 / 11) and factors[-1] == pytest.approx(1 / 90)
+    assert np.allclose(np.diff(factors, 2)[[*range(8), *range(12, 98)]], 0)
+    assert loop.schedule(0, 5, 0.0) == 1.0
+
+
+def test_tied_embeddings_stay_tied(model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path) -> None:
+    for _ in range(2):  # the second call loads the last checkpoint
+        trained = loop.train(
+            model(),
+            rows(8),
+            settings,
+            seed=0,
+            compute=compute,
+            checkpoints=tmp_path / "checkpoints",
+            curve=tmp_path / "curve.csv",
+            save_every=1,
+        )
+        assert trained.lm_head.weight is trained.model.embed_tokens.weight
+        assert not trained.training
+    assert collate(rows(1)).input_ids.dtype == torch.int64
