@@ -1,0 +1,17 @@
+"""How much of what is not the target is gone. Reported, never gated: the rest is meant to fade."""
+
+from q2t.deployment.runtime import Runtime
+from q2t.records import Completion, Problem
+
+
+def bits_per_byte(runtime: Runtime, problems: list[Problem], references: list[Completion]) -> float:
+    """Bits per UTF-8 byte that the model needs for the base model's own answers to the general test prompts.
+
+    Bytes and not tokens, so that models with different vocabularies compare.
+    """
+    questions = {problem.id: problem.question for problem in problems}
+    bits = size = 0.0
+    for reference in references:
+        bits += runtime.bits(runtime.prompt(questions[reference.problem_id]), reference.text)
+        size += len(reference.text.encode())
+    return bits / size

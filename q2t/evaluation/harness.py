@@ -1,0 +1,110 @@
+"""One harness for every model: same prompts, same template, greedy, same token cap."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from q2t.capability.families import verify
+from q2t.config import Evaluate
+from q2t.curation.rules import repetition
+from q2t.curation.trajectory import Malformed, parse
+from q2t.deployment.runtime import Request, Runtime
+from q2t.evaluation.retention import accuracy_interval, macro_accuracy
+from q2t.records import Json, Problem, Record, Verdict
+
+
+class Judged(Record):
+    """A model's answer to one problem, and what the verifier says of it. General prompts have no verdict."""
+
+    problem_id: str
+    family: str
+    domain: Literal["target", "general"]
+    question: str
+    text: str
+    finish_reason: Literal["stop", "length"]
+    correct: bool | None
+    rule: str
+    expected: Json
+    measured: Json
+
+
+def answer(runtime: Runtime, problems: list[Problem], settings: Evaluate) -> list[Judged]:
+    """Greedy answers to all problems, in their order, judged."""
+    requests = [Request(runtime.prompt(problem.question)) for problem in problems]
+    judged: dict[int, Judged] = {}
+    for batch in runtime.generate(
+        requests,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        describe="evaluate",
+    ):
+        for place, given in batch:
+            problem = problems[place]
+            verdict = judge(problem, given.text, given.finish_reason) if problem.check else None
+            judged[place] = Judged(
+                problem_id=problem.id,
+                family=problem.family,
+                domain=problem.domain,
+                question=problem.question,
+                text=given.text,
+                finish_reason=given.finish_reason,
+                correct=verdict.correct if verdict else None,
+                rule=verdict.rule if verdict else "",
+                expected=problem.check.get("expected"),
+                measured=verdict.measured if verdict else None,
+            )
+    return [judged[place] for place in range(len(problems))]
+
+
+def judge(problem: Problem, text: str, finish_reason: str) -> Verdict:
+    """The verdict on a whole answer. A truncated answer is wrong, whatever it says so far."""
+    if finish_reason == "length":
+        return Verdict(correct=False, rule="truncated")
+    try:
+        trajectory = parse(text)
+    except Malformed as error:
+        return Verdict(correct=False, rule=f"malformed: {error.rule}")
+    return verify(problem, trajectory.answer)
+
+
+def by_family(judged: list[Judged]) -> dict[str, list[bool]]:
+    """The verdicts of the target problems, in order."""
+    verdicts: dict[str, list[bool]] = {}
+    for row in judged:
+        if row.correct is not None:
+            verdicts.setdefault(row.family, []).append(row.correct)
+    return verdicts
+
+
+def score(judged: list[Judged], settings: Evaluate, seed: int) -> dict[str, Any]:
+    """Accuracy per family and in the macro mean with its bootstrap interval, and the share of truncated answers."""
+    verdicts = by_family(judged)
+    target = [row for row in judged if row.correct is not None]
+    return {
+        "families": {family: {"correct": sum(each), "total": len(each)} for family, each in sorted(verdicts.items())},
+        "accuracy": macro_accuracy(verdicts),
+        "interval": list(
+            accuracy_interval(verdicts, resamples=settings.resamples, confidence=settings.confidence, seed=seed)
+        ),
+        "truncated": sum(row.finish_reason == "length" for row in target) / len(target),
+    }
+
+
+def degenerate(judged: list[Judged]) -> float:
+    """Share of the answers to general prompts that are empty or repeat themselves (Gopher's rules)."""
+    general = [row.text for row in judged if row.domain == "general"]
+    return sum(not text.strip() or repetition(text) is not None for text in general) / len(general)
+
+
+def size(folder: Path) -> dict[str, int]:
+    """Parameters of the torch module that the config describes, tied ones once; embeddings apart; the folder's size."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    ends = {id(end.weight): end.weight.numel() for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "embedding_parameters": sum(ends.values()),
+        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+    }

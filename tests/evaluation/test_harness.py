@@ -1,0 +1,56 @@
+import random
+from pathlib import Path
+
+import pytest
+
+from q2t.capability.electronics import catalog
+from q2t.capability.families import make_families
+from q2t.config import Evaluate, Scratch, Source
+from q2t.evaluation import harness
+from q2t.evaluation.harness import Judged, degenerate, judge, score
+from q2t.sources import fetch, load_model
+
+SETTINGS = Evaluate(models={"m": "m"}, max_new_tokens=8, batch_size=4, confidence=0.95, resamples=100)
+(GAIN,) = make_families(["gain"], catalog.read(Path("data/catalog")))
+PROBLEM = GAIN.pose(random.Random(0))
+
+
+def test_a_right_answer_counts_only_whole_and_in_the_template():
+    assert judge(PROBLEM, PROBLEM.solution, "stop").correct
+    assert judge(PROBLEM, PROBLEM.solution, "length").rule == "truncated"
+    assert judge(PROBLEM, PROBLEM.solution + " indeed", "stop").rule.startswith("malformed")
+    answer = PROBLEM.solution.split("<answer>")[1].removesuffix("</answer>")
+    assert not judge(PROBLEM, answer, "stop").correct
+
+
+def judged(family, correct, text="a", domain="target", finish="stop"):
+    return Judged(
+        problem_id="p", family=family, domain=domain, question="q", text=text, finish_reason=finish,
+        correct=correct, rule="", expected=None, measured=None,
+    )  # fmt: skip
+
+
+def test_accuracy_is_the_mean_of_the_families_not_of_the_problems():
+    rows = [judged("a", True)] * 9 + [judged("a", False)] + [judged("b", False, finish="length")] * 2
+    scored = score(rows + [judged("general", None, domain="general")], SETTINGS, seed=1)
+    assert scored["accuracy"] == pytest.approx(0.45)
+    assert scored["families"] == {"a": {"correct": 9, "total": 10}, "b": {"correct": 0, "total": 2}}
+    assert scored["truncated"] == pytest.approx(2 / 12)
+    low, high = scored["interval"]
+    assert low <= 0.45 <= high
+
+
+def test_degenerate_answers_are_empty_or_repeat():
+    good = "The river Rhine runs from the Alps to the North Sea through several countries."
+    rows = [judged("general", None, text=t, domain="general") for t in (good, "", "so it goes " * 40, good)]
+    assert degenerate(rows) == 0.5
+
+
+def test_size_counts_tied_weights_once(tmp_path):
+    shape = Scratch(vocabulary=300, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2)
+    fetch("tiny", Source(scratch=shape), tmp_path / "m")
+    model = load_model(tmp_path / "m")
+    found = harness.size(tmp_path / "m")
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["embedding_parameters"] == model.get_input_embeddings().weight.numel()
+    assert found["bytes"] > 4 * found["parameters"]
