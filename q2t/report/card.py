@@ -1,0 +1,72 @@
+"""reports/MODEL_CARD.md: the card that goes with the published model to the Hugging Face Hub."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from q2t import report
+from q2t.report.summary import TEACHER, load, markdown_table
+
+TAGS = sorted(["distillation", "electronics", "onnx", "pruning", "q2t", "text-generation"])
+
+
+def render(reports: Path, params: Mapping[str, Any]) -> str:
+    """The card as Markdown with the Hub's front matter, from reports/summary.json and metrics/filter.json.
+
+    It describes the last model of `evaluate.models`. The license is that of the source from which the
+    teacher was made, since the student is cut from it.
+    """
+    import jinja2
+    from huggingface_hub import EvalResult, ModelCardData
+
+    summary = load(reports)
+    final = list(summary)[-1]
+    source = params["sources"][params["specialize"]["source"]]
+    data = ModelCardData(
+        model_name=f"q2t {final}",
+        base_model=hub_id(source),
+        language="en",
+        library_name="transformers",
+        license=(source.get("license") or "unknown").lower(),
+        metrics=["accuracy"],
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="q2t",
+                dataset_name="q2t test split",
+                metric_type="accuracy",
+                metric_name="Accuracy, macro over families",
+                metric_value=round(summary[final]["accuracy"], 4),
+            )
+        ],
+    )
+    environment = jinja2.Environment(  # Markdown, and no model output in it: nothing to escape
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    for function in (report.percent, report.span, report.size, report.millions):
+        environment.filters[function.__name__] = function
+    return environment.get_template("card.md.j2").render(
+        front_matter=data.to_yaml(),
+        final=final,
+        model=summary[final],
+        teacher=summary[TEACHER],
+        folder=params["evaluate"]["models"][final],
+        table=markdown_table(summary),
+        summary=summary,
+        source=next((str(source[k]) for k in ("hub", "registry", "path") if source.get(k)), "a random model"),
+        counts=json.loads((reports / "metrics" / "filter.json").read_text(encoding="utf-8")),
+        params=params,
+        confidence=f"{100 * params['evaluate']['confidence']:g}%",
+    )
+
+
+def hub_id(source: Mapping[str, Any]) -> str | None:
+    """OWNER/NAME on the Hub; None for a model that came from elsewhere: the Hub refuses other names."""
+    return source["hub"].split("@")[0] if source.get("hub") else None

@@ -1,0 +1,115 @@
+"""reports/summary.json: the headline figures of every model, and the README's table made from them."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from q2t.evaluation.retention import retention, retention_interval, wilson_interval
+from q2t.report import NOTHING, millions, percent, publish, size, span
+
+TEACHER = "teacher"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def build(reports: Path, models: Iterable[str], *, resamples: int, confidence: float, seed: int) -> dict[str, Any]:
+    """Write and return reports/summary.json: models in the given order, sorted keys within.
+
+    Reads metrics/evaluate_MODEL.json and answers/MODEL.jsonl under `reports`. Retention is paired over the
+    target problems, so every model has to have answered the same ones.
+
+    Raises:
+        ValueError: no model is the teacher, or a model answered other problems than the teacher.
+    """
+    names = list(models)
+    if TEACHER not in names:
+        raise ValueError(f"evaluate.models: {names} has no {TEACHER!r} to compare with; add it")
+    verdicts = {name: _verdicts(reports / "answers" / f"{name}.jsonl") for name in names}
+    known = _by_family(verdicts[TEACHER])
+    summary = {}
+    for name in names:
+        if verdicts[name].keys() != verdicts[TEACHER].keys():
+            raise ValueError(
+                f"answers/{name}.jsonl: its problems are not the teacher's, so retention is undefined; "
+                "run dvc repro to evaluate both on one test split"
+            )
+        metrics = json.loads((reports / "metrics" / f"evaluate_{name}.json").read_text(encoding="utf-8"))
+        kept = _by_family(verdicts[name])
+        entry = {key: metrics[key] for key in ("accuracy", "interval", "parameters", "embedding_parameters")}
+        entry |= {key: metrics.get(key) for key in ("bytes", "forgetting", "truncated")}
+        entry["retention"] = retention(kept, known)
+        entry["retention_interval"] = retention_interval(
+            kept, known, resamples=resamples, confidence=confidence, seed=seed
+        )
+        entry["families"] = {
+            family: {
+                "accuracy": counts["correct"] / counts["total"],
+                "correct": counts["correct"],
+                "interval": wilson_interval(counts["correct"], counts["total"], confidence),
+                "total": counts["total"],
+            }
+            for family, counts in sorted(metrics["families"].items())
+        }
+        summary[name] = dict(sorted(entry.items()))
+    publish(reports / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def load(reports: Path) -> dict[str, Any]:
+    """reports/summary.json, its models in the order of the report."""
+    summary: dict[str, Any] = json.loads((reports / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file."""
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def markdown_table(summary: dict[str, Any]) -> str:
+    """The models as a Markdown table."""
+    lines = ["| Model | Accuracy | Retention | Parameters | Size |", "|:--|--:|--:|--:|--:|"]
+    for name, model in summary.items():
+        kept = f"{percent(model['retention'])} ({span(model['retention_interval'])})"
+        cells = [
+            name,
+            f"{percent(model['accuracy'])} ({span(model['interval'])})",
+            NOTHING if name == TEACHER or model["retention"] is None else kept,
+            millions(model["parameters"]),
+            size(model["bytes"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def update_readme(readme: Path, summary: dict[str, Any], commit: str) -> None:
+    """Replace what stands between the two markers by the table and the commit that it was measured at.
+
+    Raises:
+        ValueError: the markers are missing, doubled or out of order.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{readme}: needs one line {BEGIN} and, below it, one line {END}")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    table = f"{markdown_table(summary)}\n\nMeasured at commit `{commit}`."
+    publish(readme, f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
+def _verdicts(answers: Path) -> dict[tuple[str, str], bool]:
+    """(family, problem id) to correct, for the target problems."""
+    return {
+        (row["family"], row["problem_id"]): bool(row["correct"])
+        for row in read_rows(answers)
+        if row["domain"] == "target"
+    }
+
+
+def _by_family(verdicts: dict[tuple[str, str], bool]) -> dict[str, list[bool]]:
+    """Family to verdicts in the order of problem ids."""
+    families: dict[str, list[bool]] = {}
+    for (family, _), correct in sorted(verdicts.items()):
+        families.setdefault(family, []).append(correct)
+    return families

@@ -1,0 +1,128 @@
+"""The page: self-contained, safe, deterministic, complete."""
+
+import copy
+from html.parser import HTMLParser
+
+import pytest
+from report_results import EVIL, MODELS, Results
+
+from q2t.report import page, summary
+
+
+@pytest.fixture
+def html(results: Results) -> str:
+    return _render(results)
+
+
+def _render(results: Results) -> str:
+    summary.build(results.reports, MODELS, resamples=100, confidence=0.95, seed=7)
+    return page.render(results.reports, results.rejected, results.params, results.lock)
+
+
+class Structure(HTMLParser):
+    VOID = {"meta", "link", "br"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: set[str] = set()
+        self.addresses: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for key, value in attrs:
+            if key == "id":
+                self.ids.add(value or "")
+            if key in ("href", "src", "srcset", "xlink:href"):
+                self.addresses.append(value or "")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)  # SVG: closes itself
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, tag
+
+
+def test_well_formed_and_self_contained(html: str) -> None:
+    structure = Structure()
+    structure.feed(html)
+    assert structure.open == []
+    assert structure.tags.isdisjoint({"script", "iframe", "img", "object", "form"})
+    assert all(address == "data:," or address[1:] in structure.ids for address in structure.addresses)
+    assert len(structure.addresses) == 10
+    assert "@import" not in html and "url(" not in html
+
+
+def test_model_output_is_escaped(html: str) -> None:
+    assert EVIL not in html and "<script" not in html
+    # one example for each of three reasons, and three models' answers to the general prompt
+    assert html.count("&lt;/pre&gt;&lt;script&gt;alert(&#34;x&#34;)") == 6
+
+
+def test_bytes_repeat_whatever_the_order_of_the_lock(results: Results, html: str) -> None:
+    shuffled = copy.deepcopy(results)
+    shuffled.lock["stages"] = dict(reversed(results.lock["stages"].items()))
+    assert _render(shuffled) == html
+
+
+def test_own_hash_and_tracking_are_left_out(results: Results, html: str) -> None:
+    assert "models/student" in html
+    assert results.lock["stages"]["report"]["outs"][0]["md5"] not in html
+    assert "hidden.db" not in html
+    assert str(results.reports) not in html
+
+
+def test_every_section_has_its_figures(html: str) -> None:
+    for text in (
+        "int8 reaches 40.0% accuracy on 100 unseen problems, its teacher 65.0%",
+        "61.5% retained, at 64 MB instead of 269 MB (24%).",
+        "2,310 of 4,500 answers were kept",
+        "led: read 471, expected 470",
+        "412,345",
+        "column mean to be between",
+        "✗ 1 of 2 failed",
+        "specialize</figcaption>",
+    ):
+        assert text in html, text
+    assert "unused" not in html  # a reason that rejected nothing
+
+
+def test_answers_show_every_pattern_of_right_and_wrong(results: Results) -> None:
+    shown = page.answers(results.reports, ["base", "teacher", "int8"])
+    patterns = [tuple(bool(row["correct"]) for row in p["rows"].values()) for p in shown["divider"]]
+    assert patterns == [(True, True, True), (False, True, True), (False, True, False)]
+    assert list(shown)[-1] == "general"
+
+
+def test_rejections_are_ordered_and_shared(results: Results) -> None:
+    rows = page.rejections(results.reports, results.rejected)["rows"]
+    assert [row["reason"] for row in rows] == ["wrong_value", "duplicate", "malformed"]
+    assert rows[0]["share"] == 0.4
+    assert rows[0]["example"]["id"] == "c0"
+
+
+def test_failed_checks_come_first(results: Results) -> None:
+    examples, prompts = page.quality(results.reports)
+    assert [check["passed"] for check in examples["checks"]] == [False, True]
+    assert (examples["failed"], prompts["failed"]) == (1, 0)
+    assert examples["checks"][0]["arguments"] == "max_value 200"
+    assert examples["checks"][1]["seen"] == "0 of 2,310 unexpected"
+
+
+def test_a_run_without_optional_parts(results: Results) -> None:
+    for folder in ("curves", "quality"):
+        for path in (results.reports / folder).iterdir():
+            path.unlink()
+    teacher = results.reports / "answers" / "teacher.jsonl"
+    teacher.write_text(teacher.read_text().replace('"correct": true', '"correct": false'))
+    html = _render(results)
+    assert "No training curve" in html and "No check" in html
+    assert "leaves nothing to retain" in html
+
+
+def test_excerpt_says_what_is_left_out() -> None:
+    assert page.excerpt("x" * 20, 8) == "xxxxxxxx … (12 more characters)"
+    assert page.excerpt("short", 8) == "short"

@@ -1,0 +1,102 @@
+"""The summary's figures, its order, and the README's table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_results import MODELS, Results
+
+from q2t.evaluation.retention import retention, retention_interval
+from q2t.report import summary
+
+BOOTSTRAP: dict[str, Any] = {"resamples": 200, "confidence": 0.95, "seed": 7}
+
+
+def test_figures_and_order(results: Results) -> None:
+    built = summary.build(results.reports, MODELS, **BOOTSTRAP)
+    assert list(built) == list(summary.load(results.reports)) == MODELS
+    assert built["teacher"]["retention"] == 1
+    assert built["teacher"]["retention_interval"] == (1, 1)
+    assert built["untrained"]["retention"] == 0
+    assert built["student"]["accuracy"] == 0.55
+    assert built["student"]["retention"] == pytest.approx(0.55 / 0.65)
+    low, high = built["student"]["retention_interval"]
+    assert low < 0.55 / 0.65 < high <= 1
+    led = built["student"]["families"]["led"]
+    assert (led["correct"], led["total"], led["accuracy"]) == (11, 20, 0.55)
+    assert led["interval"][0] < 0.55 < led["interval"][1]
+
+
+def test_answers_are_paired_by_problem_not_by_line(results: Results) -> None:
+    answers = results.reports / "answers" / "student.jsonl"
+    before = summary.build(results.reports, MODELS, **BOOTSTRAP)
+    answers.write_text("".join(reversed(answers.read_text().splitlines(keepends=True))))
+    assert summary.build(results.reports, MODELS, **BOOTSTRAP) == before
+
+
+def test_bytes_repeat(results: Results) -> None:
+    summary.build(results.reports, MODELS, **BOOTSTRAP)
+    first = (results.reports / "summary.json").read_bytes()
+    summary.build(results.reports, MODELS, **BOOTSTRAP)
+    assert (results.reports / "summary.json").read_bytes() == first
+    entries = json.loads(first)
+    assert all(list(entry) == sorted(entry) for entry in entries.values())
+
+
+def test_a_missing_answer_is_an_error(results: Results) -> None:
+    answers = results.reports / "answers" / "int8.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match=r"int8\.jsonl.*dvc repro"):
+        summary.build(results.reports, MODELS, **BOOTSTRAP)
+
+
+def test_the_teacher_has_to_be_there(results: Results) -> None:
+    with pytest.raises(ValueError, match="teacher"):
+        summary.build(results.reports, ["base", "student"], **BOOTSTRAP)
+
+
+def test_a_teacher_with_nothing_right_leaves_retention_open(results: Results) -> None:
+    path = results.reports / "answers" / "teacher.jsonl"
+    path.write_text(path.read_text().replace('"correct": true', '"correct": false'))
+    built = summary.build(results.reports, MODELS, **BOOTSTRAP)
+    assert built["student"]["retention"] is None
+    assert "| student | 55.0% (46.0–64.0%) | – | 80.0M | 160 MB |" in summary.markdown_table(built)
+
+
+def test_retention_matches_the_library(results: Results) -> None:
+    def verdicts(name: str) -> dict[str, list[bool]]:
+        families: dict[str, list[bool]] = {}
+        for row in summary.read_rows(results.reports / "answers" / f"{name}.jsonl"):
+            if row["domain"] == "target":
+                families.setdefault(row["family"], []).append(row["correct"])
+        return families
+
+    built = summary.build(results.reports, MODELS, **BOOTSTRAP)["pruned"]
+    assert built["retention"] == retention(verdicts("pruned"), verdicts("teacher"))
+    expected = retention_interval(verdicts("pruned"), verdicts("teacher"), **BOOTSTRAP)
+    assert built["retention_interval"] == expected
+
+
+def test_readme_keeps_what_is_around_the_markers(results: Results, tmp_path: Path) -> None:
+    built = summary.build(results.reports, MODELS, **BOOTSTRAP)
+    readme = tmp_path / "README.md"
+    readme.write_text("# q2t\n<!-- results:begin -->\nold\n<!-- results:end -->\n\nMore.\n")
+    summary.update_readme(readme, built, "abc1234")
+    once = readme.read_text()
+    assert once.startswith("# q2t\n<!-- results:begin -->\n| Model |")
+    assert once.endswith("Measured at commit `abc1234`.\n<!-- results:end -->\n\nMore.\n")
+    assert "old" not in once
+    summary.update_readme(readme, built, "abc1234")
+    assert readme.read_text() == once
+
+
+@pytest.mark.parametrize(
+    "text", ["no markers", "<!-- results:end -->\n<!-- results:begin -->", "<!-- results:begin -->"]
+)
+def test_readme_without_markers_is_left_alone(text: str, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(ValueError, match="results:begin"):
+        summary.update_readme(readme, {}, "abc1234")
+    assert readme.read_text() == text
