@@ -1,0 +1,149 @@
+"""A result as DVC recorded it: params.yaml, dvc.lock and the small files that git holds, of any commit."""
+
+import hashlib
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PARAMS, LOCK, SUMMARY = "params.yaml", "dvc.lock", "reports/summary.json"
+Reader = Callable[[str], str]
+Entry = dict[str, Any]
+"""One stage in dvc.lock: cmd, deps, params, outs."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run of the pipeline came to."""
+
+    params: dict[str, Any]
+    """All of params.yaml but `tracking`: where a result is shown is no part of it."""
+    stages: dict[str, Entry]
+    files: dict[str, str]
+    """The text of the summary, the metrics and, where the workspace has them, the curves."""
+    commit: str | None
+    """The commit that holds this dvc.lock; None if the workspace's is not committed."""
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the stages and the parameters."""
+        return digest([self.stages, self.params])
+
+
+def read_result(root: Path, rev: str | None = None) -> Result:
+    """The result in the workspace, or at a commit, tag, branch or DVC experiment.
+
+    Raises:
+        ValueError: the revision is unknown, a file is missing, or the files belong to different results.
+    """
+    commit = _commit(root, rev or "HEAD")
+    if rev and not commit:
+        raise ValueError(f"unknown revision {rev!r}: give a commit, tag, branch or DVC experiment")
+    read = _reader(root, commit if rev else None)
+    params, locked = read_yaml(read(PARAMS)), read_yaml(read(LOCK))["stages"]
+    params.pop("tracking", None)
+    stages = {}
+    for name in _stage_names(root, commit if rev else None):  # dvc.lock keeps stages of earlier graphs
+        if name not in locked:
+            raise ValueError(f"{name} has not run: run `dvc repro` first")
+        stages[name] = locked[name]
+    if commit and _git(root, "show", f"{commit}:./{LOCK}") != read(LOCK):
+        commit = None
+    return Result(params, stages, _files(root, params, stages, read), commit)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True)
+    return done.stdout.decode() if done.returncode == 0 else None
+
+
+def _commit(root: Path, rev: str) -> str | None:
+    """The full hash of a revision; DVC keeps experiments where `git rev-parse` does not look."""
+    found = _git(root, "rev-parse", "--verify", "--quiet", f"{rev}^{{commit}}")
+    found = found or _git(root, "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{rev}")
+    return found.split()[0] if found else None
+
+
+def _stage_names(root: Path, commit: str | None) -> list[str]:
+    from dvc.repo import Repo
+    from dvc.stage import PipelineStage
+
+    with Repo(str(root), rev=commit) as repo:
+        return sorted(stage.name for stage in repo.index.stages if isinstance(stage, PipelineStage))
+
+
+def entry_before(stage: str, root: Path) -> Entry:
+    """The stage's entry in dvc.lock as DVC will write it, less the outs' hashes."""
+    from dvc.repo import Repo
+    from dvc.stage.serialize import to_single_stage_lockfile
+
+    with Repo(str(root)) as repo:
+        loaded = repo.stage.load_one(name=stage)
+        loaded.save_deps()
+        return dict(to_single_stage_lockfile(loaded))
+
+
+def inputs_key(stage: str, entry: Entry) -> str:
+    """SHA-256 of all that is known of a stage before its outs are."""
+    deps = sorted((dep["path"], dep.get("md5")) for dep in entry.get("deps", []))
+    return digest([stage, entry["cmd"], deps, entry.get("params", {})])
+
+
+def _files(root: Path, params: Any, lock: dict[str, Entry], read: Reader) -> dict[str, str]:
+    """The text of dvc.lock's metrics and curves, once everything is known to belong to one result.
+
+    Metrics are in git. Curves are in DVC's cache, and shown if the workspace has them.
+    """
+    outs = {out["path"]: out["md5"] for entry in lock.values() for out in entry.get("outs", [])}
+    for stage, entry in lock.items():
+        for key, value in entry.get("params", {}).get(PARAMS, {}).items():
+            if _lookup(params, key) != value:
+                raise ValueError(f"{stage} ran with another {key} than {PARAMS} has: run `dvc repro` first")
+        for dep in entry.get("deps", []):
+            if outs.get(dep["path"], dep.get("md5")) != dep.get("md5"):
+                raise ValueError(f"{stage} ran before {dep['path']} changed: run `dvc repro` first")
+    files = {}
+    for path, md5 in outs.items():
+        curve = path.endswith(".csv") and (root / path).is_file()
+        if curve or path == SUMMARY or re.fullmatch(r"reports/metrics/.*\.json", path):
+            text = (root / path).read_bytes().decode() if curve else read(path)
+            if hashlib.md5(text.encode()).hexdigest() == md5:
+                files[path] = text
+            elif not curve:
+                raise ValueError(f"{path} is not the file that {LOCK} names: run `dvc repro` first")
+    return files
+
+
+def _reader(root: Path, commit: str | None) -> Reader:
+    """Reads a file's text from a commit, or from the workspace if that is None."""
+
+    def read(path: str) -> str:
+        if commit:
+            text = _git(root, "show", f"{commit}:./{path}")
+        else:
+            text = (root / path).read_bytes().decode() if (root / path).is_file() else None
+        if text is None:
+            raise ValueError(f"{commit or 'the workspace'} has no {path}: run `dvc repro` first")
+        return text
+
+    return read
+
+
+def _lookup(params: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        params = params.get(key) if isinstance(params, dict) else None
+    return params
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_yaml(text: str) -> Any:
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe").load(text)

@@ -1,0 +1,285 @@
+"""MLflow as a view of what DVC stores: every run here can be put together again from committed files.
+
+A stage that executes shows itself live (`stage_run`). A stage that DVC skips or restores from its run cache
+executes nothing, so `track` reads params.yaml, dvc.lock and the metric files, and adds what is missing. Runs
+are found by content, never by stored ids:
+
+    tag q2t.lock    a pipeline run: SHA-256 of dvc.lock's stages and the parameters
+    tag q2t.entry   a stage's run: SHA-256 of its name and entry in dvc.lock
+    tag q2t.inputs  a stage's live run: SHA-256 of its name, command, dependencies and parameters, all of them
+                    known before the outs are; `track` adopts it by this tag
+
+A stage that two pipelines share is one run, the child of the first, and both name it in a tag q2t.stage.NAME.
+"""
+
+import csv
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from q2t.lockfile import PARAMS, SUMMARY, Entry, digest, entry_before, inputs_key, read_result, read_yaml
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is away must not hold a stage up
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open tracking store and the id of the experiment in it."""
+
+    client: Any
+    experiment: str
+
+    def create(self, name: str, tags: dict[str, str]) -> str:
+        """The id of a new run."""
+        return str(self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id)
+
+
+def init_store(root: Path = Path(".")) -> Store:
+    """Open the store that `tracking` in params.yaml names; a SQLite database is created if there is none.
+
+    A relative `sqlite:///` URI lies under DVC_ROOT where DVC sets it: queued experiments run in a folder that
+    is deleted afterwards, and have to write into the same database.
+    """
+    os.environ.update(ENVIRONMENT | os.environ)  # read when mlflow is imported
+    import mlflow
+
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    settings = read_yaml((root / PARAMS).read_text(encoding="utf-8"))["tracking"]
+    uri, name, artifacts = settings["uri"], settings["experiment"], None
+    lock: AbstractContextManager[None] = nullcontext()
+    if uri.startswith("sqlite:///"):
+        database = Path(os.environ.get("DVC_ROOT", root)).resolve() / uri.removeprefix("sqlite:///")
+        database.parent.mkdir(parents=True, exist_ok=True)
+        uri, artifacts = f"sqlite:///{database}", (database.parent / "artifacts").as_uri()
+        lock = _alone(database.with_suffix(".lock"))  # two that migrate a fresh database crash each other
+    with lock:
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(name)
+        return Store(client, found.experiment_id if found else client.create_experiment(name, artifacts))
+
+
+class StageRun:
+    """What a stage sees of its own run. Nothing here raises: what can't be logged is warned about."""
+
+    def __init__(self) -> None:
+        self._store: Store | None = None
+        self._id = ""
+
+    def metrics(self, values: dict[str, Any], step: int = 0) -> None:
+        """Log every number in the (nested) values."""
+        if self._store:
+            with _spared("metrics"):
+                _log_metrics(self._store, self._id, flatten(values), step)
+
+    def curve(self, path: Path) -> None:
+        """Log a training curve: a CSV file with a column `step` and one column for each figure."""
+        if self._store:
+            with _spared(f"the curve {path}"):
+                _log_curve(self._store, self._id, path.read_text(encoding="utf-8"))
+
+    def _start(self, stage: str, root: Path) -> None:
+        entry: Entry = {}
+        with _spared(f"the inputs of {stage}"):
+            entry = entry_before(stage, root)
+        store, known = init_store(root), {"q2t.inputs": inputs_key(stage, entry)} if entry else {}
+        self._id = store.create(stage, {"q2t.kind": "stage", "q2t.stage": stage} | known)
+        self._store = store
+        _log_entry(store, self._id, entry)
+
+    def _end(self, status: str) -> None:
+        if self._store:
+            with _spared("the end of the run"):
+                self._store.client.set_terminated(self._id, status)
+
+
+@contextmanager
+def stage_run(stage: str, root: Path = Path(".")) -> Iterator[StageRun]:
+    """A live run around the body of a stage, with the parameters and data that DVC hands it.
+
+    A failure of tracking is a warning and never costs a result; an exception of the body passes through.
+    """
+    run = StageRun()
+    with _spared(f"the start of {stage}"):
+        run._start(os.environ.get("DVC_STAGE", stage), root)
+    try:
+        yield run
+    except BaseException:
+        run._end("FAILED")
+        raise
+    run._end("FINISHED")
+
+
+def track(root: Path = Path("."), rev: str | None = None) -> str:
+    """Show one result of the whole pipeline in MLflow, and return its run id. Doing it again changes nothing.
+
+    Args:
+        rev: a commit, tag, branch or DVC experiment to read the result from; the workspace if None.
+
+    Raises:
+        ValueError: the revision is unknown, a file is missing, or the files belong to different results.
+    """
+    result, store = read_result(root, rev), init_store(root)
+    run_id = _find(store, "q2t.lock", result.key)
+    if run_id is None:
+        run_id = store.create(f"pipeline-{result.key[:8]}", {"q2t.kind": "pipeline", "q2t.lock": result.key})
+        _log_params(store, run_id, result.params)
+        _log_metrics(store, run_id, flatten(json.loads(result.files.get(SUMMARY, "{}"))))
+        for stage, entry in result.stages.items():
+            child = _child(store, run_id, stage, entry, result.files)
+            store.client.set_tag(run_id, _name(f"q2t.stage.{stage}"), child)
+        store.client.set_terminated(run_id)
+    if result.commit:
+        store.client.set_tag(run_id, "mlflow.source.git.commit", result.commit)
+    return run_id
+
+
+def log_timings(rows: list[dict[str, Any]], root: Path = Path(".")) -> None:
+    """Add what `q2t measure` measured to the pipeline run, as often as it is measured."""
+    with _spared("timings"):
+        measured = {"measured": {row["model"]: row for row in rows}}
+        _log_metrics(init_store(root), track(root), flatten(measured))
+
+
+def flatten(value: Any) -> dict[str, float]:
+    """The finite numbers in nested maps, by dotted path; flags, lists and text are left out."""
+    return {
+        _name(path): float(leaf)
+        for path, leaf in _leaves(value)
+        if isinstance(leaf, int | float) and not isinstance(leaf, bool) and math.isfinite(leaf)
+    }
+
+
+def _child(store: Store, parent: str, stage: str, entry: Entry, files: dict[str, str]) -> str:
+    """The run of this stage: found, adopted from a live run, or made from the files."""
+    key = digest([stage, entry])
+    if found := _find(store, "q2t.entry", key):
+        known = store.client.get_run(found).data.tags["mlflow.parentRunId"]
+        if store.client.get_run(known).info.lifecycle_stage == "deleted":
+            store.client.set_tag(found, "mlflow.parentRunId", parent)
+        return found
+    run_id = _live(store, inputs_key(stage, entry))
+    if run_id is None:
+        run_id = store.create(stage, {"q2t.kind": "stage", "q2t.stage": stage, "q2t.entry": key})
+        _log_entry(store, run_id, entry)
+    logged = store.client.get_run(run_id).data.metrics  # a live run has some of them already
+    for out in entry.get("outs", []):
+        path, text = out["path"], files.get(out["path"])
+        if path.startswith("models/"):
+            _log_model(store, run_id, path, out["md5"])
+        elif text and path.endswith(".csv") and not any(name.startswith("train/") for name in logged):
+            _log_curve(store, run_id, text)
+        elif text and path.endswith(".json") and path != SUMMARY:
+            new = {k: v for k, v in flatten(json.loads(text)).items() if k not in logged}
+            _log_metrics(store, run_id, new)
+    store.client.set_tag(run_id, "mlflow.parentRunId", parent)
+    store.client.set_tag(run_id, "q2t.entry", key)
+    store.client.set_terminated(run_id)
+    return run_id
+
+
+def _find(store: Store, tag: str, value: str) -> str | None:
+    """The finished run with this tag. One that was interrupted is deleted, to be made again."""
+    for run in store.client.search_runs([store.experiment], f"tags.`{tag}` = '{value}'"):
+        if run.info.status == "FINISHED":
+            return str(run.info.run_id)
+        store.client.delete_run(run.info.run_id)
+    return None
+
+
+def _live(store: Store, inputs: str) -> str | None:
+    """The newest finished live run of these inputs that no result has adopted yet."""
+    query = f"tags.`q2t.inputs` = '{inputs}' AND attributes.status = 'FINISHED'"
+    runs = store.client.search_runs([store.experiment], query, order_by=["attributes.start_time DESC"])
+    return next((str(run.info.run_id) for run in runs if "q2t.entry" not in run.data.tags), None)
+
+
+def _log_entry(store: Store, run_id: str, entry: Entry) -> None:
+    """The parameters and the data sets of a stage, the latter by their DVC hash."""
+    from mlflow.entities import Dataset, DatasetInput
+
+    _log_params(store, run_id, entry.get("params", {}).get(PARAMS, {}))
+    data = [dep for dep in entry.get("deps", []) if dep["path"].startswith("data/")]
+    sets = [Dataset(dep["path"], dep["md5"], "dvc", json.dumps({"path": dep["path"]})) for dep in data]
+    if sets:
+        store.client.log_inputs(run_id, [DatasetInput(each) for each in sets])
+
+
+def _log_model(store: Store, run_id: str, path: str, md5: str) -> None:
+    """A model by name and hash. Its bytes stay where they are: `dvc get` brings them."""
+    tags = {"mlflow.model.isExternal": "true", "dvc.path": path, "dvc.md5": md5}
+    name = re.sub(r"[^\w-]", "-", path.removeprefix("models/"))
+    model = store.client.create_logged_model(store.experiment, name, run_id, tags)
+    store.client.finalize_logged_model(model.model_id, "READY")
+
+
+def _log_params(store: Store, run_id: str, params: dict[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    texts = [Param(_name(k), v if isinstance(v, str) else json.dumps(v)) for k, v in _leaves(params)]
+    for start in range(0, len(texts), 100):  # MLflow takes 100 parameters and 1,000 metrics at a time
+        store.client.log_batch(run_id, params=texts[start : start + 100])
+
+
+def _log_metrics(store: Store, run_id: str, values: dict[str, float], step: int = 0) -> None:
+    _log_points(store, run_id, [(name, value, step) for name, value in values.items()])
+
+
+def _log_curve(store: Store, run_id: str, text: str) -> None:
+    rows = [(int(row.pop("step")), row) for row in csv.DictReader(StringIO(text))]
+    points = [(f"train/{_name(k)}", float(v), step) for step, row in rows for k, v in row.items() if v]
+    _log_points(store, run_id, points)
+
+
+def _log_points(store: Store, run_id: str, points: list[tuple[str, float, int]]) -> None:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    metrics = [Metric(name, value, now, step) for name, value, step in points]
+    for start in range(0, len(metrics), 1000):
+        store.client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def _name(text: str) -> str:
+    """A name that MLflow takes: evaluate@student becomes evaluate:student."""
+    return re.sub(r"[^\w\-. :/]", ":", text)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _spared(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        logger.warning("MLflow does not show %s: %s: %s", what, type(error).__name__, error)

@@ -1,0 +1,260 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from q2t import tracking
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PARAMS = """\
+seed: 1
+distill: {temperature: 2.0, layers: [0, 2]}
+tracking: {uri: "sqlite:///.q2t/mlflow.db", experiment: q2t}
+"""
+GRAPH = """\
+stages:
+  pose:
+    cmd: python stages.py pose
+    params: [seed]
+    outs: [data/prompts.jsonl]
+  distill:
+    cmd: python stages.py distill
+    deps: [stages.py, data/prompts.jsonl]
+    params: [seed, distill]
+    outs: [models/student, reports/curves/distill.csv]
+    metrics: [reports/metrics/distill.json: {cache: false}]
+  evaluate:
+    matrix: {model: [student]}
+    cmd: python stages.py evaluate
+    deps: [models/student]
+    metrics: [{"reports/metrics/evaluate_${item.model}.json": {cache: false}}]
+  report:
+    cmd: python stages.py report
+    deps: [reports/metrics/evaluate_student.json]
+    metrics: [reports/summary.json: {cache: false}]
+"""
+# Only distill shows itself live: the other stages are put together from files.
+STAGES = """\
+import json, sys
+from pathlib import Path
+from ruamel.yaml import YAML
+
+def write(path, text):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text)
+
+stage, params = sys.argv[1], YAML(typ="safe").load(Path("params.yaml"))
+loss = params["distill"]["temperature"] / 10
+if stage == "pose":
+    write("data/prompts.jsonl", "{}\\n")
+elif stage == "distill":
+    from q2t.tracking import stage_run
+    with stage_run("distill") as run:
+        write("models/student/model.safetensors", f"weights {loss}")
+        write("reports/curves/distill.csv", f"step,loss\\n0,1.0\\n10,{loss}\\n")
+        write("reports/metrics/distill.json", json.dumps({"loss": loss}))
+        run.curve(Path("reports/curves/distill.csv"))
+        run.metrics({"loss": loss})
+elif stage == "evaluate":
+    write("reports/metrics/evaluate_student.json", json.dumps({"accuracy": 1 - loss}))
+else:
+    write("reports/summary.json", json.dumps({"student": {"accuracy": 1 - loss, "retention": None}}))
+"""
+
+
+def run(*command: str, cwd: Path) -> None:
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "DVC_NO_ANALYTICS": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+    }
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A pipeline that ran, was committed, and ran once more as a DVC experiment with another temperature."""
+    root = tmp_path_factory.mktemp("project")
+    for name, text in {"params.yaml": PARAMS, "dvc.yaml": GRAPH, "stages.py": STAGES}.items():
+        (root / name).write_text(text)
+    (root / ".gitignore").write_text("/.q2t\n/data\n/models\n/reports/curves\n")
+    run("git", "init", "-q", cwd=root)
+    run("git", "config", "user.name", "q2t", cwd=root)
+    run("git", "config", "user.email", "q2t@example.org", cwd=root)
+    run("dvc", "init", "-q", cwd=root)
+    run("dvc", "repro", cwd=root)
+    run("git", "add", "-A", cwd=root)
+    run("git", "commit", "-q", "-m", "T = 2", cwd=root)
+    run("dvc", "exp", "run", "-n", "hot", "-S", "distill.temperature=4", cwd=root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(project):
+    """Pipeline runs by revision, each tracked twice, and the number of runs after either time."""
+    store = tracking.init_store(project)
+
+    def count() -> int:
+        return len(store.client.search_runs([store.experiment]))
+
+    first = {"hot": tracking.track(project), "HEAD": tracking.track(project, "HEAD")}
+    once = count()
+    second = {"hot": tracking.track(project, "hot"), "HEAD": tracking.track(project, "HEAD")}
+    return store.client, store.experiment, first, second, (once, count())
+
+
+def test_tracking_twice_gives_the_same_runs(runs):
+    _, _, first, second, (once, twice) = runs
+    assert first == second and once == twice
+    assert once == 2 + 4 + 3  # two pipelines; the experiment shares `pose`, the other three stages ran anew
+
+
+def test_two_experiments_are_two_rows_that_differ_in_the_parameter(runs):
+    client, _, first, _, _ = runs
+    hot, cold = (client.get_run(first[rev]).data for rev in ("hot", "HEAD"))
+    assert {k for k in hot.params if hot.params[k] != cold.params[k]} == {"distill.temperature"}
+    assert hot.params["distill.temperature"] == "4" and cold.params["distill.layers"] == "[0, 2]"
+    assert hot.metrics == {"student.accuracy": 0.6} and cold.metrics == {"student.accuracy": 0.8}
+
+
+def test_the_commit_is_named_where_it_holds_the_result(runs, project):
+    client, _, first, _, _ = runs
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True).stdout.strip()
+    assert client.get_run(first["HEAD"]).data.tags["mlflow.source.git.commit"] == head
+    assert client.get_run(first["hot"]).data.tags["mlflow.source.git.commit"] != head
+
+
+def test_a_live_run_is_adopted_with_its_curve_and_inputs(runs, project):
+    client, experiment, first, _, _ = runs
+    stage = client.get_run(client.get_run(first["HEAD"]).data.tags["q2t.stage.distill"])
+    assert "q2t.inputs" in stage.data.tags  # only a live run has it
+    assert stage.data.tags["mlflow.parentRunId"] == first["HEAD"]
+    curve = client.get_metric_history(stage.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in curve] == [(0, 1.0), (10, 0.2)]
+    assert len(client.get_metric_history(stage.info.run_id, "loss")) == 1
+    lock = YAML(typ="safe").load(
+        subprocess.run(["git", "show", "HEAD:dvc.lock"], cwd=project, capture_output=True).stdout
+    )
+    prompts = lock["stages"]["pose"]["outs"][0]["md5"]
+    assert [(i.dataset.name, i.dataset.digest) for i in stage.inputs.dataset_inputs] == [
+        ("data/prompts.jsonl", prompts)
+    ]
+
+
+def test_a_stage_without_a_live_run_is_made_from_files(runs):
+    client, _, first, _, _ = runs
+    stage = client.get_run(client.get_run(first["hot"]).data.tags["q2t.stage.evaluate:student"])
+    assert stage.data.metrics == {"accuracy": 0.6} and stage.info.run_name == "evaluate@student"
+
+
+def test_two_pipelines_share_the_stage_that_ran_once(runs):
+    client, _, first, _, _ = runs
+    shared = {client.get_run(first[rev]).data.tags["q2t.stage.pose"] for rev in first}
+    assert len(shared) == 1
+
+
+def test_models_are_named_and_not_copied(runs, project):
+    client, experiment, _, _, _ = runs
+    models = client.search_logged_models([experiment])
+    assert [m.name for m in models] == ["student", "student"]
+    assert len({m.tags["dvc.md5"] for m in models}) == 2 and {m.tags["dvc.path"] for m in models} == {"models/student"}
+    assert not list((project / ".q2t").rglob("*.safetensors"))
+
+
+def test_an_interrupted_run_is_made_again(runs, project):
+    client, experiment, first, _, _ = runs
+    tags = client.get_run(first["hot"]).data.tags
+    client.delete_run(first["hot"])
+    half = client.create_run(experiment, tags={"q2t.lock": tags["q2t.lock"]}).info.run_id
+    again = tracking.track(project, "hot")
+    assert again not in (half, first["hot"])
+    assert client.get_run(half).info.lifecycle_stage == "deleted"
+    assert client.get_run(again).data.tags["q2t.stage.distill"] == tags["q2t.stage.distill"]
+    assert client.get_run(tags["q2t.stage.distill"]).data.tags["mlflow.parentRunId"] == again
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        (
+            "params.yaml",
+            "temperature: 4",
+            "temperature: 5",
+            "distill ran with another distill than params.yaml",
+        ),
+        ("reports/summary.json", "0.6", "0.9", "summary.json is not the file that dvc.lock names"),
+        ("dvc.yaml", "  report:", "  publish: {cmd: x}\n  report:", "publish has not run"),
+    ],
+)
+def test_files_of_different_results_are_refused(project, file, old, new, message):
+    text = (project / file).read_text()
+    assert old in text
+    (project / file).write_text(text.replace(old, new))
+    try:
+        with pytest.raises(ValueError, match=message):
+            tracking.track(project)
+    finally:
+        (project / file).write_text(text)
+
+
+def test_a_stage_that_ran_before_its_dependency_changed_is_refused(project):
+    lock = (project / "dvc.lock").read_text()
+    document = YAML(typ="safe").load(lock)
+    document["stages"]["evaluate@student"]["deps"][0]["md5"] = "0" * 32
+    YAML().dump(document, project / "dvc.lock")
+    try:
+        with pytest.raises(ValueError, match="evaluate@student ran before models/student changed"):
+            tracking.track(project)
+    finally:
+        (project / "dvc.lock").write_text(lock)
+
+
+def test_unknown_revision(project):
+    with pytest.raises(ValueError, match="unknown revision 'nowhere'"):
+        tracking.track(project, "nowhere")
+
+
+def test_timings_are_added_to_the_pipeline_run(runs, project):
+    client, _, _, _, _ = runs
+    tracking.log_timings([{"model": "student", "tokens_per_second": 80.5}], project)
+    assert client.get_run(tracking.track(project)).data.metrics["measured.student.tokens_per_second"] == 80.5
+
+
+def test_queued_experiments_write_into_the_repository_they_came_from(project, tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    store = tracking.init_store(tmp_path)
+    assert store.experiment == tracking.init_store(project).experiment
+    assert not (tmp_path / ".q2t").exists()
+
+
+def test_a_store_that_is_broken_warns_and_costs_nothing(tmp_path, caplog):
+    (tmp_path / "params.yaml").write_text('tracking: {uri: "sqlite:///params.yaml", experiment: q2t}')
+    done = []
+    with caplog.at_level(logging.WARNING), tracking.stage_run("distill", tmp_path) as run:
+        run.metrics({"loss": 1.0})
+        run.curve(tmp_path / "missing.csv")
+        done.append(True)
+    assert done and "MLflow does not show the start of distill" in caplog.text
+
+
+def test_the_exception_of_the_body_passes_through_and_fails_the_run(project):
+    with pytest.raises(KeyError, match="body"), tracking.stage_run("distill", project) as run:
+        run.curve(project / "missing.csv")  # only a warning
+        raise KeyError("body")
+    store = tracking.init_store(project)
+    failed = store.client.search_runs([store.experiment], "attributes.status = 'FAILED'")
+    assert [r.info.run_name for r in failed] == ["distill"]
+
+
+def test_flatten_keeps_finite_numbers_only():
+    values = {"a": {"b": 1, "c": float("nan")}, "d": True, "e": [1], "f@g": 2.5, "h": None}
+    assert tracking.flatten(json.loads(json.dumps(values))) == {"a.b": 1.0, "f:g": 2.5}
