@@ -1,0 +1,21 @@
+"""Run as: python -m stages.fetch SOURCE. The pinned model of that name in params.yaml -> models/sources/SOURCE."""
+
+import sys
+from pathlib import Path
+
+from q2t.capability.general import PROMPTS
+from q2t.config import load
+from q2t.sources import fetch
+from q2t.stage import run
+from q2t.tracking import stage_run
+
+
+def main() -> None:
+    name = sys.argv[1]
+    source = load().sources[name]
+    with stage_run("fetch"):
+        fetch(name, source, Path("models/sources") / name, corpus=PROMPTS)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,46 @@
+"""Run as: python -m stages.generate TEACHER. Prompts and one teacher -> data/generations/TEACHER.jsonl.
+
+Answers are journalled outside the out, which DVC deletes before every run: none is paid for twice.
+"""
+
+import sys
+from pathlib import Path
+
+from q2t import quality
+from q2t.config import load
+from q2t.determinism import seed_everything
+from q2t.records import Problem, read_jsonl, write_json, write_jsonl
+from q2t.stage import root, run
+from q2t.teachers import local, openai
+from q2t.teachers.journal import Journal
+from q2t.tracking import stage_run
+
+
+def main() -> None:
+    name = sys.argv[1]
+    params = load()
+    teacher = params.teachers[name]
+    seed_everything(params.seed, params.compute)
+    with stage_run(f"generate@{name}") as tracked:
+        problems = read_jsonl(Path(f"data/prompts/{teacher.prompts}.jsonl"), Problem)
+        journal = Journal(root() / f".q2t/generate/{name}.jsonl")
+        folder = Path(teacher.model)
+        if (folder / openai.POINTER).exists():
+            pointer = openai.load_pointer(folder)
+            rows = openai.answers(problems, teacher, pointer, journal, name=name, seed=params.seed)
+        else:
+            rows = local.answers(problems, teacher, journal, name=name, seed=params.seed, compute=params.compute)
+        quality.validate(f"generations_{name}", quality.completion_frame(rows), quality.completions())
+        write_jsonl(Path(f"data/generations/{name}.jsonl"), rows)
+        metrics = {
+            "prompts": len(problems),
+            "answers": len(rows),
+            "truncated": sum(row.finish_reason == "length" for row in rows) / len(rows),
+            "completion_tokens": sum(row.completion_tokens for row in rows),
+        }
+        write_json(Path(f"reports/metrics/generate_{name}.json"), metrics)
+        tracked.metrics(metrics)
+
+
+if __name__ == "__main__":
+    run(main)

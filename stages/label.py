@@ -1,0 +1,59 @@
+"""Run as: python -m stages.label. The training rows and their writers -> data/soft_labels, in the student's ids."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from q2t import quality
+from q2t.config import load
+from q2t.determinism import seed_everything
+from q2t.distillation.labels import encode, label, write
+from q2t.records import Example, read_jsonl, write_json
+from q2t.sources import fingerprint, load_model, load_tokenizer
+from q2t.stage import run
+from q2t.teachers.openai import POINTER
+from q2t.tracking import stage_run
+
+STUDENT = Path("models/untrained")
+
+
+def main() -> None:
+    params = load()
+    settings = params.label
+    seed_everything(params.seed, params.compute)
+    with stage_run("label") as tracked:
+        examples = read_jsonl(Path("data/filtered/examples.jsonl"), Example)
+        student = load_tokenizer(STUDENT)
+        to_student = torch.tensor(json.loads((STUDENT / "vocabulary_map.json").read_text()))
+        labelled, fingerprints = {}, {}
+        for name in params.filter.teachers:
+            folder = Path(params.teachers[name].model)
+            written = [example for example in examples if example.teacher == name]
+            if (folder / POINTER).exists():
+                # An endpoint gives its words only: these rows are learnt by the task loss.
+                rows = encode(student, written)
+            else:
+                rows = label(
+                    load_model(folder, params.compute.dtype).to(params.compute.device),
+                    load_tokenizer(folder),
+                    written,
+                    top_k=settings.top_k,
+                    batch_size=settings.batch_size,
+                    to_student=to_student,
+                    student_tokenizer=student,
+                )
+            labelled |= {row.id: row for row in rows}
+            fingerprints[name] = fingerprint(folder)
+        rows = [labelled[example.id] for example in examples]
+        quality.validate("soft_labels", quality.label_frame(rows), quality.labels())
+        target = Path("data/soft_labels/labels.parquet")
+        write(target, rows, top_k=settings.top_k, teachers=fingerprints)
+        tokens = sum(row.completion_tokens for row in rows)
+        metrics = {"rows": len(rows), "tokens": tokens, "bytes_per_token": target.stat().st_size / tokens}
+        write_json(Path("reports/metrics/label.json"), metrics)
+        tracked.metrics(metrics)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,46 @@
+"""Run as: python -m stages.prune. models/student and the soft labels -> models/pruned: importance, cut, heal."""
+
+import shutil
+from pathlib import Path
+
+from q2t.compression.width import cut, neuron_importance
+from q2t.config import load
+from q2t.determinism import seed_everything
+from q2t.distillation.batches import calibration
+from q2t.distillation.labels import read
+from q2t.distillation.loop import train
+from q2t.sources import load_model, load_tokenizer, save_model
+from q2t.stage import run, working_folder
+from q2t.tracking import stage_run
+
+STUDENT = Path("models/student")
+CURVE = Path("reports/curves/prune.csv")
+
+
+def main() -> None:
+    params = load()
+    settings = params.prune
+    seed_everything(params.seed, params.compute)
+    checkpoints = working_folder("prune")
+    with stage_run("prune") as tracked:
+        rows = read(Path("data/soft_labels/labels.parquet"))
+        model = load_model(STUDENT)
+        # Ids are hashes, so the first rows are a random sample.
+        sample = [row for row in rows if row.domain == "target"][: settings.calibration_rows]
+        importance = neuron_importance(model, calibration(sample))
+        healed = train(
+            cut(model, settings.intermediate, importance),
+            rows,
+            settings,
+            seed=params.seed,
+            compute=params.compute,
+            checkpoints=checkpoints,
+            curve=CURVE,
+        )
+        save_model(healed, load_tokenizer(STUDENT), Path("models/pruned"))
+        tracked.curve(CURVE)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,118 @@
+"""The real thing: `dvc repro` of the smoke profile, in two temporary copies of the repository."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+def run(folder: Path, *command: str, check: bool = True) -> str:
+    done = subprocess.run(
+        [str(BIN / command[0]), *command[1:]] if (BIN / command[0]).exists() else list(command),
+        cwd=folder,
+        env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert not check or done.returncode == 0, f"{command}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
+def copy(folder: Path) -> Path:
+    """A repository of its own with this one's files, tracked or new, under the smoke profile, committed."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    ).stdout.split(b"\0")
+    for name in filter(None, listed):
+        source = ROOT / os.fsdecode(name)
+        # dvc.lock and reports are the quickstart's: a smoke run starts without.
+        if source.is_file() and not os.fsdecode(name).startswith(("dvc.lock", "reports/")):
+            target = folder / os.fsdecode(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    run(folder, "git", "init", "-q")
+    run(folder, "git", "config", "user.email", "test@example.com")
+    run(folder, "git", "config", "user.name", "test")
+    run(folder, "q2t", "profile", "smoke")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "smoke")
+    return folder
+
+
+def locked(folder: Path) -> dict:
+    return YAML(typ="safe").load(folder / "dvc.lock")["stages"]
+
+
+def outs(folder: Path) -> dict[str, str]:
+    return {out["path"]: out["md5"] for stage in locked(folder).values() for out in stage.get("outs", [])}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    folder = copy(tmp_path_factory.mktemp("first"))
+    run(folder, "dvc", "repro")
+    run(folder, "q2t", "track")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "run")
+    return folder
+
+
+def test_the_pipeline_learns_and_leaves_git_clean(first):
+    assert run(first, "git", "status", "--porcelain") == ""
+    summary = json.loads((first / "reports/summary.json").read_text())
+    assert set(summary) == {"base", "teacher", "untrained", "student", "pruned", "onnx", "int8"}
+    assert summary["base"]["accuracy"] == 0
+    assert summary["teacher"]["accuracy"] > 0.2
+    assert summary["student"]["accuracy"] > summary["untrained"]["accuracy"]
+    assert summary["pruned"]["parameters"] < summary["student"]["parameters"] < summary["teacher"]["parameters"]
+    assert summary["int8"]["bytes"] < summary["onnx"]["bytes"]
+    for figure in ("accuracy", "interval", "retention", "families", "embedding_parameters", "forgetting"):
+        assert all(figure in model for model in summary.values())
+    page = (first / "reports/index.html").read_text()
+    assert "http" not in page.replace("http://www.w3.org", "").split("<body")[0]
+
+
+def test_the_int8_student_answers(first):
+    assert run(first, "q2t", "ask", "Read the colour code green blue brown.").strip()
+
+
+def test_a_second_repro_runs_nothing(first):
+    start = time.monotonic()
+    assert "Running stage" not in run(first, "dvc", "repro")
+    # Five seconds on an idle machine; a busy one gets slack, a stage that runs would take longer still.
+    assert time.monotonic() - start < 20
+
+
+def test_a_second_copy_gives_the_same_bytes(first, tmp_path):
+    second = copy(tmp_path / "second")
+    run(second, "dvc", "repro")
+    assert outs(second) == outs(first)
+
+
+def test_another_temperature_reruns_only_what_follows(first):
+    before = locked(first)
+    ran = run(first, "dvc", "exp", "run", "-S", "distill.temperature=4")
+    run(first, "q2t", "track")
+    stages = {line.split("'")[1] for line in ran.splitlines() if line.startswith("Running stage")}
+    assert stages == {
+        "distill", "prune", "export", "evaluate@student", "evaluate@pruned", "evaluate@onnx", "evaluate@int8", "report",
+    }  # fmt: skip
+    assert locked(first)["label"] == before["label"]
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{first}/.q2t/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "q2t"]
+    rows = client.search_runs([experiment.experiment_id], "tags.`q2t.kind` = 'pipeline'")
+    assert len(rows) == 2
+    one, other = (row.data.params for row in rows)
+    assert {key for key in one if one[key] != other[key]} == {"distill.temperature"}
+    assert all("student.accuracy" in row.data.metrics for row in rows)
