@@ -5,7 +5,7 @@ params.yaml is read as YAML 1.2, as DVC writes it (after `-S lr=5e-5` a YAML 1.1
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -215,13 +215,11 @@ def _explain(error: Any) -> str:
 
 def _keys(section: list[str]) -> list[str]:
     """The valid keys of the section at this path."""
-    model: Any = Params
+    model: type[Section] = Params
     for name in section:
-        annotation = model.model_fields[name].annotation if hasattr(model, "model_fields") else None
-        if annotation is None:  # inside a map such as sources.NAME
-            continue
-        arguments = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)]
-        model = arguments[-1] if arguments and arguments[-1] is not type(None) else annotation
-        if arguments and arguments[-1] is type(None):
-            model = arguments[0]
+        if name in model.model_fields:  # else it is a name in a map, such as sources.NAME
+            annotation = model.model_fields[name].annotation
+            (model,) = (
+                a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, Section)
+            )
     return sorted(model.model_fields)

@@ -84,8 +84,10 @@ def test_the_tolerance_is_on_both_sides():
 def test_known_answers():
     """From the textbook formulas by hand, not from our code."""
     led, divider, rc, gain = make_families(["led", "divider", "rc", "gain"], PARTS)
-    assert led.expected({"supply": 9, "forward": 2.0, "current": 10}) == 820  # 700 ohm, next up
-    assert led.expected({"supply": 12, "forward": 2.0, "current": 10}) == 1000  # a series value stays
+    (bands,) = make_families(["bands"], PARTS)
+    assert bands.expected({"first": 4, "second": 7, "zeros": 2}) == 4700  # yellow violet red
+    assert led.expected({"supply": 13, "forward": 3, "count": 2, "current": 10}) == 820  # 700 ohm, next up
+    assert led.expected({"supply": 12, "forward": 2, "count": 1, "current": 10}) == 1000  # a series value stays
     assert divider.expected({"vin": 12, "vout": 4, "r1": 4700}) == pytest.approx(2350)
     assert rc.expected({"r": 10_000, "f": 1000}) == pytest.approx(15.9155e-9, rel=1e-4)
     assert gain.expected({"gain": 11, "rg": 1000}) == 10_000
