@@ -8,7 +8,7 @@ import torch
 from q2t import quality
 from q2t.config import load
 from q2t.determinism import seed_everything
-from q2t.distillation.labels import encode, label, write
+from q2t.distillation.labels import Row, encode, label, write
 from q2t.records import Example, read_jsonl, write_json
 from q2t.sources import fingerprint, load_model, load_tokenizer
 from q2t.stage import run
@@ -26,7 +26,8 @@ def main() -> None:
         examples = read_jsonl(Path("data/filtered/examples.jsonl"), Example)
         student = load_tokenizer(STUDENT)
         to_student = torch.tensor(json.loads((STUDENT / "vocabulary_map.json").read_text()))
-        labelled, fingerprints = {}, {}
+        labelled: dict[str, Row] = {}
+        fingerprints = {}
         for name in params.filter.teachers:
             folder = Path(params.teachers[name].model)
             written = [example for example in examples if example.teacher == name]

@@ -26,8 +26,8 @@ def main() -> None:
         quality.validate("prompts", quality.problem_frame(rows, operands), quality.problems(settings.families))
         for split, problems in splits.items():
             write_jsonl(Path(f"data/prompts/{split}.jsonl"), problems)
-        metrics = {split: len(problems) for split, problems in splits.items()}
-        metrics |= {"parts": len(parts), "parts_without_rating": len(dropped)}
+        counts: dict[str, int] = {split: len(problems) for split, problems in splits.items()}
+        metrics = counts | {"parts": len(parts), "parts_without_rating": len(dropped)}
         write_json(Path("reports/metrics/pose.json"), metrics)
         tracked.metrics(metrics)
 

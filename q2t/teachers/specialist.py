@@ -41,7 +41,7 @@ def specialize(
         in the compute dtype. Same loss. Rows come in the order that `plan` gave them."""
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return SequentialSampler(self.train_dataset)
+            return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
