@@ -145,13 +145,12 @@ def answers(reports: Path, models: list[str], most: int = 3) -> dict[str, list[d
 
 
 def quality(reports: Path) -> list[dict[str, Any]]:
-    """Great Expectations' results as rows: what was expected of which column, and what was found."""
+    """What q2t.quality wrote, as rows: what was expected of which column, and what was found."""
     suites = []
     for path in sorted((reports / "quality").glob("*.json")):
         checks = []
         for result in _read(path)["results"]:
-            config, found = result["expectation_config"], result.get("result", {})
-            kwargs = {k: v for k, v in config["kwargs"].items() if k != "batch_id" and v is not None}
+            found, limits = result["found"], result["limits"]
             if "unexpected_count" in found:
                 seen = f"{found['unexpected_count']:,} of {found['element_count']:,} unexpected"
             else:
@@ -159,10 +158,10 @@ def quality(reports: Path) -> list[dict[str, Any]]:
             checks.append(
                 {
                     "passed": result["success"],
-                    "expectation": config["type"].removeprefix("expect_").replace("_", " "),
-                    "column": kwargs.pop("column", ""),
-                    "arguments": ", ".join(f"{key} {report.figure(kwargs[key])}" for key in sorted(kwargs)),
-                    "severity": config.get("severity", "critical"),
+                    "expectation": result["expectation"].removeprefix("expect_").replace("_", " "),
+                    "column": result["column"],
+                    "arguments": ", ".join(f"{key} {report.figure(limits[key])}" for key in sorted(limits)),
+                    "severity": result["severity"],
                     "seen": seen,
                 }
             )

@@ -175,8 +175,16 @@ def _curves(folder: Path) -> None:
 
 
 def _check(kind: str, kwargs: dict[str, Any], success: bool, severity: str, found: dict[str, float]) -> dict[str, Any]:
-    config = {"type": kind, "kwargs": {"batch_id": "rows", **kwargs}, "severity": severity}
-    return {"success": success, "expectation_config": config, "result": found}
+    limits = {key: value for key, value in kwargs.items() if key != "column"}
+    return {
+        "expectation": kind,
+        "column": kwargs.get("column", ""),
+        "limits": limits,
+        "severity": severity,
+        "success": success,
+        "errors": [],
+        "found": found,
+    }
 
 
 def _json(path: Path, value: Any) -> None:
