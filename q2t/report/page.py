@@ -97,8 +97,8 @@ def pipeline(reports: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             values = _read(path)
             if stage == "filter":
                 values = values | {"rejected": sum(values["rejected"].values())}
-            # A box has room for single figures; tables and lists are in the metric files.
-            shown = {key: value for key, value in values.items() if not isinstance(value, dict | list)}
+            # A box has room for figures; text, tables and lists are in the metric files.
+            shown = {key: value for key, value in values.items() if isinstance(value, int | float)}
             counts[stage].append({"item": item, "counts": shown})
     for stage, path in _curves(reports).items():
         steps = max((step for points in charts.read_curve(path).values() for step, _ in points), default=0)
