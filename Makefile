@@ -36,7 +36,7 @@ smoke: $(INSTALLED) ## Run every stage on a tiny model, in a temporary copy
 	cd "$$copy" && export PYTHONPATH="$$copy" && git init -q && \
 	$(BIN)/q2t profile smoke && $(BIN)/dvc repro && $(BIN)/q2t measure
 
-test: $(INSTALLED) ## Run the fast tests
+test: $(INSTALLED) ## Run the suite, the smoke pipeline included
 	$(BIN)/python -m pytest -q
 
 check: $(INSTALLED) ## Lint, format check and types
