@@ -1,15 +1,29 @@
 """The families there are, and the verdict on an answer to a problem of any of them."""
 
-from q2t.capability.electronics.amplifiers import NonInvertingGain
+from q2t.capability.electronics.amplifiers import InvertingGain, NonInvertingGain
 from q2t.capability.electronics.catalog import Part
+from q2t.capability.electronics.filters import OneShot, RcFilter, Reactance, RlFilter
 from q2t.capability.electronics.markings import ColourCode
-from q2t.capability.electronics.networks import Divider, LedResistor, RcFilter
+from q2t.capability.electronics.networks import Divider, LedResistor
 from q2t.capability.electronics.parts import Mosfet, Regulator, Selection
 from q2t.capability.family import Family
 from q2t.records import Problem, Verdict
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (LedResistor, Divider, RcFilter, NonInvertingGain, Mosfet, Regulator, ColourCode)
+    family.name: family
+    for family in (
+        LedResistor,
+        Divider,
+        RcFilter,
+        RlFilter,
+        Reactance,
+        OneShot,
+        NonInvertingGain,
+        InvertingGain,
+        Mosfet,
+        Regulator,
+        ColourCode,
+    )
 }
 
 

@@ -15,6 +15,8 @@ class Family:
 
     name: ClassVar[str]
     phrasings: ClassVar[tuple[str, ...]]
+    held_out: ClassVar[tuple[str, Json] | None] = None
+    """An operand and the value of it that occurs in test alone. Families of parts have whole parts held out."""
 
     def for_split(self, split: Split) -> "Family":
         """The family as it may be asked in this split. Calculated families are told apart by their inputs alone."""

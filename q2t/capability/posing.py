@@ -8,6 +8,8 @@ from q2t.records import Problem, Split, operands
 
 TARGET_SPLITS: tuple[Split, ...] = ("test", "dev", "lessons", "questions")
 """Test first: a problem that is drawn twice stays where it measures."""
+HELD_OUT = 6
+"""One test problem in so many has the family's held-out operand value, which no other split ever shows."""
 ATTEMPTS = 200
 """Draws for each wanted problem before a family counts as exhausted."""
 
@@ -30,6 +32,9 @@ def pose(families: list[Family], settings: Capability, seed: int) -> dict[Split,
                 if len(fresh) == wanted:
                     break
                 problem = asked.pose(rng, split)
+                wants_held_out = split == "test" and len(fresh) < wanted // HELD_OUT
+                if family.held_out and is_held_out(problem, family) != wants_held_out:
+                    continue
                 key = operands(problem)
                 if key not in seen:
                     seen.add(key)
@@ -43,3 +48,10 @@ def pose(families: list[Family], settings: Capability, seed: int) -> dict[Split,
     for problems in posed.values():
         random.Random(seed).shuffle(problems)
     return posed
+
+
+def is_held_out(problem: Problem, family: Family) -> bool:
+    """Whether the problem has the operand value that its family keeps for test."""
+    assert family.held_out
+    operand, value = family.held_out
+    return problem.inputs[operand] == value

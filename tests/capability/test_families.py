@@ -18,7 +18,7 @@ from q2t.records import operands
 PARTS = catalog.read(Path("data/catalog"))
 MADE = make_families(sorted(FAMILIES), PARTS)
 EACH = pytest.mark.parametrize("family", MADE, ids=lambda family: family.name)
-SETTINGS = Capability(families=sorted(FAMILIES), lessons=30, questions=20, dev=4, test=8, general=1, general_test=1)
+SETTINGS = Capability(families=sorted(FAMILIES), lessons=30, questions=20, dev=4, test=12, general=1, general_test=1)
 
 
 def problems(family, count=200, split="lessons"):
@@ -37,8 +37,10 @@ def test_the_worked_solution_is_right(family):
 def test_a_wrong_answer_is_wrong(family):
     for problem in problems(family, 50):
         if problem.check["kind"] == "choice":
-            for name in problem.check["candidates"]:
-                assert verify(problem, name).correct == (name == problem.check["expected"])
+            for letter, name in zip("ABC", problem.check["candidates"], strict=True):
+                right = name == problem.check["expected"]
+                assert verify(problem, name).correct == verify(problem, letter).correct == right
+            assert verify(problem, "D").rule == verify(problem, "A or B").rule == "not_a_candidate"
         else:
             right = problem.check["expected"]
             for factor in (0.97, 1.03, 10, 0.1, -1):
@@ -52,8 +54,8 @@ def test_any_text_gets_a_verdict(family, text):
 
 
 @EACH
-def test_a_family_has_four_phrasings_and_five_hundred_inputs(family):
-    assert len(set(family.phrasings)) >= 4
+def test_a_family_has_six_phrasings_and_five_hundred_inputs(family):
+    assert len(set(family.phrasings)) >= 6
     assert len({operands(problem) for problem in problems(family, 6000)}) >= 500
 
 
@@ -81,16 +83,35 @@ def test_the_tolerance_is_on_both_sides():
     assert verify(problem, f"{right} F").rule == "no_quantity"
 
 
-def test_known_answers():
+@pytest.mark.parametrize(
+    ("name", "inputs", "expected"),
+    [
+        ("bands", {"first": 4, "second": 7, "zeros": 2}, 4700),  # yellow violet red
+        ("led", {"supply": 13, "forward": 3, "count": 2, "current": 10}, 820),  # 700 ohm, next up
+        ("led", {"supply": 12, "forward": 2, "count": 1, "current": 10}, 1000),  # a series value stays
+        ("divider", {"vin": 12, "vout": 4, "r1": 4700}, 2350),
+        ("rc", {"r": 10_000, "f": 1000}, 15.9155e-9),
+        ("rl", {"l": 1e-3, "f": 1000}, 6.28319),
+        ("reactance", {"c": 1e-6, "f": 50}, 3183.1),
+        ("oneshot", {"r": 100_000, "t": 1.1}, 10e-6),
+        ("gain", {"gain": 11, "rg": 1000}, 10_000),
+        ("inverting", {"gain": 10, "rin": 1000}, 10_000),
+    ],
+)
+def test_known_answers(name, inputs, expected):
     """From the textbook formulas by hand, not from our code."""
-    led, divider, rc, gain = make_families(["led", "divider", "rc", "gain"], PARTS)
-    (bands,) = make_families(["bands"], PARTS)
-    assert bands.expected({"first": 4, "second": 7, "zeros": 2}) == 4700  # yellow violet red
-    assert led.expected({"supply": 13, "forward": 3, "count": 2, "current": 10}) == 820  # 700 ohm, next up
-    assert led.expected({"supply": 12, "forward": 2, "count": 1, "current": 10}) == 1000  # a series value stays
-    assert divider.expected({"vin": 12, "vout": 4, "r1": 4700}) == pytest.approx(2350)
-    assert rc.expected({"r": 10_000, "f": 1000}) == pytest.approx(15.9155e-9, rel=1e-4)
-    assert gain.expected({"gain": 11, "rg": 1000}) == 10_000
+    (family,) = make_families([name], PARTS)
+    assert family.expected(inputs) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_held_out_operand_is_asked_in_test_alone():
+    calculated = [family for family in MADE if family.held_out]
+    assert len(calculated) == 8
+    for split, rows in pose(calculated, SETTINGS, seed=3).items():
+        for family in calculated:
+            operand, value = family.held_out
+            asked = sum(p.family == family.name and p.inputs[operand] == value for p in rows)
+            assert asked == (SETTINGS.test // 6 if split == "test" else 0)
 
 
 def test_splits_share_no_operands_and_no_parts():

@@ -20,8 +20,8 @@ def overlap(a: str, b: str) -> float:
     return len(first & second) / min(len(first), len(second))
 
 
-def test_there_are_120_prompts_and_40_others_for_the_test():
-    assert (len(PROMPTS), len(TEST_PROMPTS)) == (120, 40)
+def test_there_are_204_prompts_and_60_others_for_the_test():
+    assert (len(PROMPTS), len(TEST_PROMPTS)) == (204, 60)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS + TEST_PROMPTS)
@@ -57,7 +57,7 @@ def test_ids_are_unique_and_stable():
     assert rows[0].id == "7a4f02fd7c55e0cd"
 
 
-@pytest.mark.parametrize(("counts", "key"), [((121, 1), "general is 121"), ((1, 41), "general_test is 41")])
+@pytest.mark.parametrize(("counts", "key"), [((205, 1), "general is 205"), ((1, 61), "general_test is 61")])
 def test_more_prompts_than_exist_are_refused(counts, key):
     with pytest.raises(ValueError, match=rf"capability\.{key}, but only"):
         problems(*counts)

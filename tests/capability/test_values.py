@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from q2t.capability.electronics.values import E12, next_e12, ohms, parse
+from q2t.capability.electronics.values import E12, draw_value, next_e12, ohms, parse, scientific, shown
 
 positive = st.floats(1e-9, 1e9, allow_nan=False)
 
@@ -59,3 +59,15 @@ def test_a_value_of_the_series_is_its_own_next():
 def test_a_shown_resistance_reads_back(mantissa, decade):
     value = mantissa * 10.0**decade
     assert parse(ohms(value), "ohm") == pytest.approx(value, rel=1e-9)
+
+
+@given(st.sampled_from(E12), st.integers(-11, 2), st.sampled_from(["F", "V", "A"]))
+def test_any_other_shown_quantity_reads_back(mantissa, decade, unit):
+    value = mantissa * 10.0**decade
+    assert parse(shown(value, unit), unit) == pytest.approx(value, rel=1e-9)
+
+
+@given(st.sampled_from(E12), st.integers(-12, 9), st.randoms())
+def test_drawn_values_come_apart_into_mantissa_and_exponent(mantissa, decade, rng):
+    value = draw_value(rng, [mantissa], [decade])
+    assert scientific(value) == (mantissa, decade)

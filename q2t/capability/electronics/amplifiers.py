@@ -1,12 +1,14 @@
-"""Operational amplifiers."""
+"""Operational amplifiers: the feedback resistor for a gain."""
 
 import random
 from typing import Any
 
 from q2t.capability.electronics.calculated import Calculated
-from q2t.capability.electronics.networks import draw_resistor
-from q2t.capability.electronics.values import E12, ohms, plain
+from q2t.capability.electronics.values import E12, draw_value, ohms, plain, scientific
 from q2t.records import Json
+
+FACTORS = tuple(m * 10**e for e in range(3) for m in (1, 2, 3, 5))
+"""Feedback resistor over the other one."""
 
 
 class NonInvertingGain(Calculated):
@@ -14,16 +16,18 @@ class NonInvertingGain(Calculated):
 
     name = "gain"
     unit = "ohm"
+    held_out = ("rg", 3900)
     phrasings = (
         "A non-inverting op-amp stage needs a gain of {gain}. Rg to ground is {rg}. Find Rf.",
         "Non-inverting amplifier, gain {gain}, Rg={rg}: which feedback resistor?",
         "Which Rf gives a gain of {gain} with Rg={rg} (non-inverting)?",
         "Size the feedback resistor: op-amp, non-inverting, G={gain}, ground resistor {rg}.",
+        "With {rg} to ground, what feedback resistor makes a non-inverting gain of {gain}?",
+        "Op-amp, input at the + pin, {rg} from - to ground. Rf for {gain} times?",
     )
-    gains = (2, 3, 4, 5, 6, 11, 21, 31, 41, 51, 101)
 
     def draw(self, rng: random.Random) -> dict[str, Json]:
-        return {"gain": rng.choice(self.gains), "rg": draw_resistor(rng, E12, (2, 3, 4, 5))}
+        return {"gain": rng.choice(FACTORS) + 1, "rg": draw_value(rng, E12, range(2, 6))}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
         return {"gain": str(inputs["gain"]), "rg": ohms(inputs["rg"])}
@@ -32,6 +36,45 @@ class NonInvertingGain(Calculated):
         return (inputs["gain"] - 1) * inputs["rg"]
 
     def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
-        factor, kilo = inputs["gain"] - 1, inputs["rg"] / 1000
-        product = f"{factor * kilo:.6g}"
-        return f"{inputs['gain']}-1={factor}; {plain(kilo)}*{factor}={product}", f"{product}k ohm"
+        factor = inputs["gain"] - 1
+        reasoning, answer = scaled("Rg", inputs["rg"], factor)
+        return f"{inputs['gain']}-1={factor}; {reasoning}", answer
+
+
+class InvertingGain(Calculated):
+    """Feedback resistor of an inverting amplifier: |gain| = Rf / Rin."""
+
+    name = "inverting"
+    unit = "ohm"
+    held_out = ("rin", 3900)
+    phrasings = (
+        "An inverting op-amp stage needs a gain of -{gain}. The input resistor is {rin}. Find Rf.",
+        "Inverting amplifier, gain -{gain}, Rin={rin}: which feedback resistor?",
+        "Which Rf gives a gain of -{gain} with Rin={rin} (inverting)?",
+        "Size the feedback resistor: op-amp, inverting, G=-{gain}, input resistor {rin}.",
+        "With {rin} at the - input, what feedback resistor amplifies by -{gain}?",
+        "Op-amp, + pin grounded, signal through {rin} into -. Rf for a gain of -{gain}?",
+    )
+
+    def draw(self, rng: random.Random) -> dict[str, Json]:
+        return {"gain": rng.choice(FACTORS), "rin": draw_value(rng, E12, range(2, 6))}
+
+    def show(self, inputs: dict[str, Any]) -> dict[str, str]:
+        return {"gain": str(inputs["gain"]), "rin": ohms(inputs["rin"])}
+
+    def expected(self, inputs: dict[str, Any]) -> float:
+        return inputs["gain"] * inputs["rin"]
+
+    def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
+        return scaled("Rin", inputs["rin"], inputs["gain"])
+
+
+def scaled(name: str, resistance: float, factor: int) -> tuple[str, str]:
+    """Reasoning and answer of factor x resistance, mantissas and powers of ten apart."""
+    (rm, re), (fm, fe) = scientific(resistance), scientific(factor)
+    product = rm * fm
+    return (
+        f"{name}={plain(rm)}e{re}; {factor}={plain(fm)}e{fe}; "
+        f"{plain(rm)}*{plain(fm)}={plain(product)}; {re}+{fe}={re + fe}",
+        f"{plain(product)}e{re + fe} ohm",
+    )

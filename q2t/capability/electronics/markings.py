@@ -21,6 +21,8 @@ class ColourCode(Calculated):
         "Read the colour code {first} {second} {zeros}.",
         "Bands {first}, {second}, {zeros}: how many ohms?",
         "Which resistor is marked {first} {second} {zeros}?",
+        "{first}, {second}, {zeros}: what value is that?",
+        "Resistance of {first} {second} {zeros}?",
     )
 
     def draw(self, rng: random.Random) -> dict[str, Json]:

@@ -1,11 +1,10 @@
-"""Resistors and capacitors: LED series resistor, voltage divider, RC low-pass filter."""
+"""Resistor networks: LED series resistor and voltage divider."""
 
-import math
 import random
 from typing import Any
 
 from q2t.capability.electronics.calculated import Calculated
-from q2t.capability.electronics.values import E6, next_e12, ohms, plain
+from q2t.capability.electronics.values import E6, draw_value, next_e12, ohms, plain, scientific
 from q2t.records import Json
 
 
@@ -15,6 +14,7 @@ class LedResistor(Calculated):
     name = "led"
     unit = "ohm"
     tolerance = 0.0
+    held_out = ("supply", 26)
     phrasings = (
         "{count} LEDs in series, {forward} V each, run at {current} mA from {supply} V. "
         "Which E12 resistor, rounded up?",
@@ -22,11 +22,13 @@ class LedResistor(Calculated):
         "A {supply} V rail drives {count} LEDs in a row ({forward} V each) with {current} mA. "
         "Next higher E12 resistor?",
         "LED string: {count} x {forward} V, {current} mA. Supply: {supply} V. Series resistor from E12, next value up?",
+        "From {supply} V I want {current} mA through {count} LEDs of {forward} V in series. E12 resistor, next one up?",
+        "Limit {count} x {forward} V of LEDs to {current} mA on a {supply} V supply: which E12 value, rounded up?",
     )
-    supplies = tuple(range(12, 31))
+    supplies = (10, 12, 14, 15, 16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 48)
     forwards = (2, 3)
     counts = (1, 2, 3)
-    currents = (1, 2, 10, 20, 100)
+    currents = (1, 2, 10, 20, 100, 200)
 
     def draw(self, rng: random.Random) -> dict[str, Json]:
         return {
@@ -47,14 +49,19 @@ class LedResistor(Calculated):
         return next_e12(self.drop(inputs) / inputs["current"] * 1000)
 
     def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
-        used, drop, current = inputs["count"] * inputs["forward"], self.drop(inputs), inputs["current"]
-        exact = drop * 1000 / current
-        steps = [f"{inputs['count']}*{inputs['forward']}={used}", f"{inputs['supply']}-{used}={drop}"]
-        # Halving and moving the point are the only divisions that are asked of the model.
-        if current in (2, 20):
-            steps.append(f"{drop}/2={plain(drop / 2)}")
-        steps.append(f"{drop} V/{current} mA={exact:g} ohm")
-        steps.append(f"{exact:g} up to {self.expected(inputs):g}")
+        supply, used, drop = inputs["supply"], inputs["count"] * inputs["forward"], self.drop(inputs)
+        tens, ones = supply // 10 * 10, supply % 10
+        mantissa, exponent = scientific(inputs["current"])
+        quotient = drop / mantissa
+        ohm = f"{drop / inputs['current'] * 1000:g}"
+        steps = [
+            f"{inputs['count']}*{inputs['forward']}={used}",
+            # Ones before tens, so that no borrowing happens within a step.
+            f"{ones}-{used}={ones - used}; {tens}{ones - used:+d}={drop}",
+            f"I={plain(mantissa)}e{exponent}; {drop}/{plain(mantissa)}={plain(quotient)}; 3-{exponent}={3 - exponent}",
+            f"{plain(quotient)}e{3 - exponent}={ohm}",
+            f"up to {self.expected(inputs):g}",
+        ]
         return "; ".join(steps), f"{self.expected(inputs):g} ohm"
 
 
@@ -63,11 +70,14 @@ class Divider(Calculated):
 
     name = "divider"
     unit = "ohm"
+    held_out = ("r1", 33_000)
     phrasings = (
         "A divider makes {vout} V from {vin} V. The upper resistor is {r1}. Find the lower one.",
         "Voltage divider: input {vin} V, output {vout} V, top resistor {r1}. Bottom resistor?",
         "I need {vout} V out of {vin} V. R1 (to the input) is {r1}; what is R2 (to ground)?",
         "Find R2 to ground when R1={r1} divides {vin} V down to {vout} V.",
+        "Which lower resistor gives {vout} V at the tap of a divider on {vin} V with {r1} on top?",
+        "Divide {vin} V to {vout} V with {r1} as the upper resistor: size the lower resistor.",
     )
     pairs = tuple(
         (vin, vout) for vin in range(3, 31) for vout in range(1, vin) if vout / (vin - vout) in (0.5, 1.0, 2.0, 3.0)
@@ -75,7 +85,7 @@ class Divider(Calculated):
 
     def draw(self, rng: random.Random) -> dict[str, Json]:
         vin, vout = rng.choice(self.pairs)
-        return {"vin": vin, "vout": vout, "r1": draw_resistor(rng, E6, (3, 4, 5))}
+        return {"vin": vin, "vout": vout, "r1": draw_value(rng, E6, (3, 4, 5))}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
         return {"vin": plain(inputs["vin"]), "vout": plain(inputs["vout"]), "r1": ohms(inputs["r1"])}
@@ -93,50 +103,3 @@ class Divider(Calculated):
             f"{plain(kilo)}*{plain(ratio)}={plain(ratio * kilo)}",
             answer,
         )
-
-
-class RcFilter(Calculated):
-    """Capacitor of a first-order RC low-pass: C = 1 / (2 pi R f)."""
-
-    name = "rc"
-    unit = "F"
-    phrasings = (
-        "An RC low-pass has R={r} and should cut off at {f}. Find C.",
-        "Which capacitor gives a corner frequency of {f} with {r}?",
-        "RC filter: resistor {r}, -3 dB at {f}. Capacitor?",
-        "Choose C for a first-order low-pass with {r} and a cutoff of {f}.",
-    )
-    frequencies = tuple(m * 10**d for d in range(6) for m in (1, 2, 5))
-
-    def draw(self, rng: random.Random) -> dict[str, Json]:
-        return {"r": draw_resistor(rng, E6, (2, 3, 4, 5, 6)), "f": rng.choice(self.frequencies)}
-
-    def show(self, inputs: dict[str, Any]) -> dict[str, str]:
-        f = inputs["f"]
-        return {"r": ohms(inputs["r"]), "f": f"{f // 1000} kHz" if f >= 1000 else f"{f} Hz"}
-
-    def expected(self, inputs: dict[str, Any]) -> float:
-        return 1 / (2 * math.pi * inputs["r"] * inputs["f"])
-
-    def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
-        (rm, re), (fm, fe) = scientific(inputs["r"]), scientific(inputs["f"])
-        product = rm * fm
-        # 1 / (2 pi) = 159e-3, so that C = 159 / (rm fm) * 10^-(re + fe + 3).
-        quotient = float(f"{159.155 / product:.3g}")
-        exponent = re + fe + 3
-        return (
-            f"R={plain(rm)}e{re}; f={plain(fm)}e{fe}; {plain(rm)}*{plain(fm)}={plain(product)}; "
-            f"159/{plain(product)}={plain(quotient)}; {re}+{fe}+3={exponent}",
-            f"{plain(quotient)}e-{exponent} F",
-        )
-
-
-def draw_resistor(rng: random.Random, series: tuple[float, ...], decades: tuple[int, ...]) -> int:
-    """A value of the series in one of the decades: 3 is 1 to 10 kilohm."""
-    return round(rng.choice(series) * 10 ** rng.choice(decades))
-
-
-def scientific(value: float) -> tuple[float, int]:
-    """Mantissa in [1, 10) and exponent: 47000 -> (4.7, 4)."""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return float(mantissa), int(exponent)

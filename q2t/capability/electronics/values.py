@@ -1,5 +1,8 @@
 """Component values: the preferred numbers of IEC 60063, and reading and writing quantities."""
 
+import random
+from collections.abc import Sequence
+
 from quantiphy import InvalidNumber, Quantity
 
 E12 = (1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 3.9, 4.7, 5.6, 6.8, 8.2)
@@ -47,12 +50,28 @@ def next_e12(value: float) -> float:
         decade *= 10
 
 
+def draw_value(rng: random.Random, series: Sequence[float], decades: Sequence[int]) -> float:
+    """A mantissa of the series in one of the decades: 3 is 1,000 to 10,000. Exact, so that equal values are equal."""
+    return float(f"{rng.choice(series)}e{rng.choice(decades)}")
+
+
+def scientific(value: float) -> tuple[float, int]:
+    """Mantissa in [1, 10) and exponent: 47000 -> (4.7, 4)."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return float(mantissa), int(exponent)
+
+
 def ohms(value: float) -> str:
     """A resistance as people write it in a question: 470 -> "470 ohm", 4700 -> "4.7k ohm", 2.2e6 -> "2.2M ohm"."""
     for factor, prefix in ((1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.4g}{prefix} ohm"
     return f"{value:.4g} ohm"
+
+
+def shown(value: float, unit: str) -> str:
+    """Any other quantity, with an SI prefix: shown(4.7e-9, "F") is "4.7 nF"."""
+    return Quantity(value, unit).render()
 
 
 def plain(value: float) -> str:
