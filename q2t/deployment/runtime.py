@@ -40,11 +40,18 @@ class Answer:
 
 
 class TorchEngine:
-    """A transformers model; the cache is transformers' own."""
+    """A transformers model whose cache is written in place."""
+
+    occupancy = 0.75
+    """Finished rows leave the cache when less than this share of its rows run: to copy it costs more than a few."""
 
     def __init__(self, folder: Path, compute: Compute) -> None:
+        from q2t.deployment.cache import GROUPED_QUERY, BlockCache
+
         self.device = torch.device(compute.device)
         self.model = load_model(folder, compute.dtype).to(self.device).eval()
+        self.model.set_attn_implementation(GROUPED_QUERY)
+        self.new_cache = BlockCache
 
     def __call__(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: Any
@@ -54,7 +61,7 @@ class TorchEngine:
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
             position_ids=positions.to(self.device),
-            past_key_values=past,
+            past_key_values=self.new_cache() if past is None else past,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -71,6 +78,9 @@ class TorchEngine:
 
 class OnnxEngine:
     """An exported decoder in ONNX Runtime; the cache is a list of arrays, in the order of the graph's inputs."""
+
+    occupancy = 1.0
+    """Finished rows leave at once: the graph copies its cache in every step, and int8 scales are the whole batch's."""
 
     def __init__(self, folder: Path, compute: Compute) -> None:
         import onnxruntime
@@ -192,34 +202,45 @@ class Runtime:
 
     @torch.inference_mode()
     def _steps(self, requests: list[Request], limit: int, temperature: float, top_p: float) -> Iterator[dict[int, int]]:
-        """One dictionary a step, row to token, of the rows that still run. A finished row leaves the batch."""
-        batch = self.tokenizer([r.prompt for r in requests], return_tensors="pt", padding=True)
-        ids, mask = batch.input_ids, batch.attention_mask
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        """One dictionary a step, row to token, of the rows that still run."""
+        logits, mask, positions, past = self._prefill([r.prompt for r in requests])
         streams = [np.random.default_rng(r.seed) for r in requests]
-        running = torch.arange(len(requests))
-        past: Any = None
-        for _ in range(limit):
-            logits, past = self.engine(ids, mask, positions, past)
+        rows = torch.arange(len(requests))
+        running = torch.ones(len(requests), dtype=torch.bool)
+        for left in reversed(range(limit)):
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
-                uniform = torch.tensor([streams[row].random() for row in running.tolist()])
+                uniform = torch.tensor([streams[row].random() for row in rows.tolist()], dtype=torch.float64)
                 token = sample(logits, uniform, temperature, top_p)
-            yield dict(zip(running.tolist(), token.tolist(), strict=True))
-            alive = (token != self.tokenizer.eos_token_id).nonzero().flatten()
-            if not len(alive):
+            yield dict(zip(rows[running].tolist(), token[running].tolist(), strict=True))
+            running &= token != self.tokenizer.eos_token_id
+            alive = running.nonzero().flatten()
+            if not left or not len(alive):
                 return
-            if len(alive) < len(running):
-                running, token, mask, positions = running[alive], token[alive], mask[alive], positions[alive]
-                past = self.engine.select(past, alive)
-            ids = token[:, None]
-            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-            positions = positions[:, -1:] + 1
+            if len(alive) < self.engine.occupancy * len(rows):
+                rows, running, token = rows[alive], running[alive], token[alive]
+                mask, positions, past = mask[alive], positions[alive], self.engine.select(past, alive)
+            mask = torch.cat([mask, torch.ones_like(token)[:, None]], dim=1)
+            positions = positions + 1
+            logits, past = self.engine(token[:, None], mask, positions, past)
+
+    def _prefill(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """Logits of the first token, mask, last positions [batch, 1] and cache; equal prompts are computed once."""
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        batch = self.tokenizer(list(places), return_tensors="pt", padding=True)
+        mask = batch.attention_mask
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits, past = self.engine(batch.input_ids, mask, positions, None)
+        positions = positions[:, -1:]
+        if len(places) < len(prompts):
+            rows = torch.tensor([places[prompt] for prompt in prompts])
+            logits, mask, positions, past = logits[rows], mask[rows], positions[rows], self.engine.select(past, rows)
+        return logits, mask, positions, past
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Nucleus sampling (arXiv 1904.09751) by inverting the cumulative distribution.
+    """Nucleus sampling (arXiv 1904.09751) by inverting the cumulative distribution, the likeliest tokens first.
 
     Args:
         logits: [batch, vocabulary].
@@ -228,13 +249,24 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
     Returns:
         Token ids [batch].
     """
-    everything = (logits.double() / temperature).softmax(-1)
+    everything = (logits / temperature).softmax(-1)
     probabilities, ids = everything.topk(min(NUCLEUS, everything.shape[-1]))
-    if (probabilities.sum(-1) < top_p).any():
-        probabilities, ids = everything.sort(dim=-1, descending=True, stable=True)
+    mass = probabilities.double().sum(-1)
+    token = _invert(probabilities, ids, uniform, top_p)
+    # Without a nucleus the whole is 1, so that only the numbers beyond these tokens ask for the others.
+    short = ((mass < top_p) & ((uniform >= mass) | (top_p < 1))).nonzero().flatten()
+    if len(short):
+        token[short] = _invert(*everything[short].sort(dim=-1, descending=True, stable=True), uniform[short], top_p)
+    return token
+
+
+def _invert(probabilities: torch.Tensor, ids: torch.Tensor, uniform: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The token where the nucleus' cumulative distribution passes `uniform`; all [batch, tokens], likeliest first."""
+    probabilities = probabilities.double()
     before = probabilities.cumsum(-1) - probabilities
     kept = probabilities.masked_fill(before >= top_p, 0.0).cumsum(-1)
-    place = torch.searchsorted(kept, (uniform.double() * kept[:, -1])[:, None], right=True)
+    nucleus = kept[:, -1].clamp(min=top_p)  # more than top_p, but for rounding
+    place = torch.searchsorted(kept, (uniform.double() * nucleus)[:, None], right=True)
     return ids.gather(-1, place.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
 
 

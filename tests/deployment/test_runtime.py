@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from q2t.config import Compute, Scratch, Source
-from q2t.deployment.runtime import Request, load, sample
+from q2t.deployment.runtime import NUCLEUS, Request, TorchEngine, load, sample
 from q2t.sources import fetch, load_model
 
 COMPUTE = Compute(threads=1, dtype="float32", device="cpu")
@@ -66,6 +66,56 @@ def test_finished_batches_are_skipped_and_the_others_are_the_same(folder):
     assert all(resumed[i] is None for i in first)
 
 
+@pytest.fixture
+def rows(monkeypatch):
+    """The rows of each call of the engine, as they come."""
+    call, found = TorchEngine.__call__, []
+    monkeypatch.setattr(
+        TorchEngine, "__call__", lambda self, ids, *rest: found.append(len(ids)) or call(self, ids, *rest)
+    )
+    return found
+
+
+def first_steps(steps, token):
+    """The steps in which a row comes to the token for the first time."""
+    found = {}
+    for place, step in enumerate(steps):
+        for row in step:
+            if step[row] == token:
+                found.setdefault(row, place)
+    return set(found.values())
+
+
+def test_answers_do_not_depend_on_when_finished_rows_leave_the_cache(folder, rows, monkeypatch):
+    runtime = load(folder, COMPUTE)
+    requests = [Request(runtime.prompt(QUESTIONS[i % 4]), seed=i) for i in range(12)]
+    hot = {"temperature": 1.0, "batch_size": 12, "max_new_tokens": 24}
+    steps = list(runtime._steps(requests, 24, 1.0, 1.0))
+    # The token that ends the rows at the most different steps.
+    end = max(range(len(runtime.tokenizer)), key=lambda token: len(first_steps(steps, token)))
+    runtime.tokenizer.eos_token = runtime.tokenizer.convert_ids_to_tokens(end)
+    found, batches = [], []
+    for occupancy in (0.0, 0.75, 1.0):
+        rows.clear()
+        monkeypatch.setattr(runtime.engine, "occupancy", occupancy)
+        found.append(answers(runtime, requests, **hot))
+        batches.append(rows[1:])
+    assert found[0] == found[1] == found[2]
+    assert len({answer.completion_tokens for answer in found[0]}) > 3
+    never, lazily, at_once = batches
+    assert set(never) == {12}
+    assert sum(at_once) < sum(lazily) < sum(never)
+    assert sum(at_once) == sum(answer.completion_tokens - 1 for answer in found[0])
+
+
+def test_equal_prompts_are_prefilled_once(folder, rows):
+    runtime = load(folder, COMPUTE)
+    requests = [Request(runtime.prompt(question), seed=i) for i in range(3) for question in QUESTIONS[:2]]
+    together = answers(runtime, requests, temperature=1.0, batch_size=6)
+    assert rows[:2] == [2, 6]
+    assert together == answers(runtime, requests, temperature=1.0, batch_size=1)
+
+
 def test_bits_are_the_cross_entropy_of_the_text_and_its_end(folder):
     runtime = load(folder, COMPUTE)
     prompt, text = runtime.prompt("Hi"), "A fox."
@@ -83,3 +133,18 @@ def test_sampling_follows_the_nucleus():
     assert counts.tolist() == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=2e-3)
     cold = sample(logits, uniform, 0.01, 1.0)
     assert cold.eq(0).all()
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5])
+def test_sampling_a_large_vocabulary_is_sampling_all_of_it_in_order(top_p):
+    torch.manual_seed(0)
+    logits, uniform = 2 * torch.randn(300, 4 * NUCLEUS), torch.rand(300, dtype=torch.float64)
+    probabilities, ids = (logits.double() / 0.7).softmax(-1).sort(dim=-1, descending=True)
+    nucleus = (probabilities.cumsum(-1) - probabilities) < top_p
+    distribution = (probabilities * nucleus).cumsum(-1)
+    passed = distribution / distribution[:, -1:] > uniform[:, None]
+    expected = ids.gather(-1, passed.int().argmax(-1, keepdim=True)).squeeze(-1)
+    found = sample(logits, uniform, 0.7, top_p)
+    # By their logits, since two tokens of nearly one probability may change places.
+    torch.testing.assert_close(*(logits.gather(-1, t[:, None]) for t in (found, expected)), rtol=1e-5, atol=0)
+    assert top_p < 1 or not passed[:, :NUCLEUS].any(-1).all()  # some lie beyond the first
