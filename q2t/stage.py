@@ -1,19 +1,41 @@
 """What every stage does around its work: say what went wrong in one line, and know where to resume from."""
 
+import errno
 import logging
 import os
+import re
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a stage. What a user can put right is one clear message and status 1; a bug keeps its traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # It prints a traceback of what tracking says in one line, a full disk for example.
+    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)
+    message = None
     try:
         main()
     except ValueError as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+        message = str(error)
+    except Exception as error:
+        if not _no_room(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        message = f"no room on the disk; make some and run again, it goes on from there: {reason}"
+    if message is not None:  # said when the error is gone, and with it open progress bars
+        sys.exit(f"{Path(sys.argv[0]).stem}: {message}")
+
+
+def _no_room(error: Exception) -> bool:
+    """Python gives an errno, safetensors and tokenizers one in their text, and torch none."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    told = re.search(r"os error (\d+)", str(error))
+    code = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    return code in codes or shutil.disk_usage(root()).free < 2**20
 
 
 def root() -> Path:
@@ -21,12 +43,20 @@ def root() -> Path:
     return Path(os.environ.get("DVC_ROOT", ".")).resolve()
 
 
-def working_folder(stage: str) -> Path:
-    """Where this stage keeps its checkpoints: outside its outs, which DVC deletes before every run.
+@contextmanager
+def checkpoints(stage: str) -> Iterator[Path]:
+    """The folder of this stage's checkpoints: outside its outs, which DVC deletes before every run.
 
     The name is a hash of the stage's inputs as DVC sees them, so that a checkpoint is never resumed by another
-    run than the one that was interrupted. Delete it once the outs are published.
+    run than the one that was interrupted. The folder goes once the block, which publishes the outs, is through;
+    by rename first, so that what a kill leaves half-deleted is no checkpoint.
     """
     from q2t.lockfile import entry_before, inputs_key
 
-    return root() / ".q2t" / stage / inputs_key(stage, entry_before(stage, Path(".")))[:16]
+    folder = root() / ".q2t" / stage / inputs_key(stage, entry_before(stage, Path(".")))[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    done = folder.with_suffix(".done")
+    shutil.rmtree(done, ignore_errors=True)
+    os.replace(folder, done)
+    shutil.rmtree(done)

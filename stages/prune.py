@@ -1,6 +1,5 @@
 """Run as: python -m stages.prune. models/student and the soft labels -> models/pruned: importance, cut, heal."""
 
-import shutil
 from pathlib import Path
 
 from q2t.compression.width import cut, neuron_importance
@@ -10,7 +9,7 @@ from q2t.distillation.batches import calibration
 from q2t.distillation.labels import read
 from q2t.distillation.loop import train
 from q2t.sources import load_model, load_tokenizer, save_model
-from q2t.stage import run, working_folder
+from q2t.stage import checkpoints, run
 from q2t.tracking import stage_run
 
 STUDENT = Path("models/student")
@@ -21,8 +20,7 @@ def main() -> None:
     params = load()
     settings = params.prune
     seed_everything(params.seed, params.compute)
-    checkpoints = working_folder("prune")
-    with stage_run("prune") as tracked:
+    with stage_run("prune") as tracked, checkpoints("prune") as folder:
         rows = read(Path("data/soft_labels/labels.parquet"))
         model = load_model(STUDENT)
         # Ids are hashes, so the first rows are a random sample.
@@ -34,12 +32,11 @@ def main() -> None:
             settings,
             seed=params.seed,
             compute=params.compute,
-            checkpoints=checkpoints,
+            checkpoints=folder,
             curve=CURVE,
         )
         save_model(healed, load_tokenizer(STUDENT), Path("models/pruned"))
         tracked.curve(CURVE)
-    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 if __name__ == "__main__":

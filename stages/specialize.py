@@ -1,6 +1,5 @@
 """Run as: python -m stages.specialize. A source and data/prompts/lessons.jsonl -> models/teacher, its curve."""
 
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +8,7 @@ from q2t.config import load
 from q2t.determinism import seed_everything
 from q2t.records import Problem, read_jsonl, write_json
 from q2t.sources import load_model, load_tokenizer, save_model
-from q2t.stage import run, working_folder
+from q2t.stage import checkpoints, run
 from q2t.teachers.specialist import specialize
 from q2t.tracking import stage_run
 
@@ -19,8 +18,7 @@ def main() -> None:
     seed_everything(params.seed, params.compute)
     source = Path("models/sources") / params.specialize.source
     curve = Path("reports/curves/specialize.csv")
-    checkpoints = working_folder("specialize")
-    with stage_run("specialize") as tracked:
+    with stage_run("specialize") as tracked, checkpoints("specialize") as folder:
         lessons = read_jsonl(Path("data/prompts/lessons.jsonl"), Problem)
         tokenizer = load_tokenizer(source)
         model, losses = specialize(
@@ -30,7 +28,7 @@ def main() -> None:
             params.specialize,
             seed=params.seed,
             compute=params.compute,
-            checkpoints=checkpoints,
+            checkpoints=folder,
         )
         curve.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(losses).to_csv(curve, index=False, float_format="%.6g", lineterminator="\n")
@@ -39,7 +37,6 @@ def main() -> None:
         write_json(Path("reports/metrics/specialize.json"), metrics)
         tracked.metrics(metrics)
         tracked.curve(curve)
-    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 if __name__ == "__main__":

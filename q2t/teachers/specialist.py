@@ -1,5 +1,7 @@
 """Making an expert where none can be downloaded: supervised fine-tuning on worked solutions."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from q2t.records import Problem
 MICRO_BATCH = 4
 """Rows that go through the model at once. A step adds up several such groups, each of rows near in length, so that
 little is padding and yet a step sees several families."""
+LOG_EVERY = 5
+"""Steps that a row of the loss curve is the average of."""
 
 
 def specialize(
@@ -20,10 +24,17 @@ def specialize(
     seed: int,
     compute: Compute,
     checkpoints: Path,
+    save_every: int = 100,
 ) -> tuple[Any, list[dict[str, float]]]:
-    """Fine-tune all weights on the lessons' solutions with TRL, resuming from the last of `checkpoints`.
+    """Fine-tune all weights on the lessons' solutions with TRL. The loss is on the solution and its end token only.
 
-    The loss is on the solution and its end token only.
+    Killed and called again with the same arguments, it goes on from the last checkpoint and gives the bytes of an
+    uninterrupted run.
+
+    Args:
+        checkpoints: a folder of this run alone, its name depending on all that shapes the result; safe to delete
+            once the model is published.
+        save_every: steps between checkpoints.
 
     Returns:
         The model, and the loss curve as rows of step, loss, learning_rate and gradient_norm.
@@ -31,10 +42,20 @@ def specialize(
     from datasets import Dataset
     from torch.nn.functional import cross_entropy
     from torch.utils.data import SequentialSampler
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from q2t.distillation.batches import plan
+
+    class Completing(TrainerCallback):
+        """The trainer fills a folder checkpoint-N in place, so that one may be half-written. Once it is whole, it gets
+        another name, and only then older ones go. Nothing but these renamed ones is ever resumed from."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            older = list(checkpoints.glob("step-*"))
+            os.replace(checkpoints / f"checkpoint-{state.global_step}", checkpoints / f"step-{state.global_step}")
+            for path in older:
+                shutil.rmtree(path)
 
     class CompletionTrainer(SFTTrainer):
         """TRL projects every position on the vocabulary, and back in float32; here only solutions' positions are,
@@ -75,7 +96,11 @@ def specialize(
         for group in step
         for row in group
     ]
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    # The trainer forgets its running loss at a resume: there must be none at a checkpoint but the last.
+    assert save_every % LOG_EVERY == 0
+    for half_written in checkpoints.glob("checkpoint-*"):
+        shutil.rmtree(half_written)
+    last = max(checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), default=None)
     arguments = SFTConfig(
         output_dir=str(checkpoints),
         num_train_epochs=1,
@@ -95,10 +120,9 @@ def specialize(
         gradient_checkpointing=False,
         seed=seed,
         data_seed=seed,
-        logging_steps=5,
+        logging_steps=LOG_EVERY,
         save_strategy="steps",
-        save_steps=100,
-        save_total_limit=1,
+        save_steps=save_every,
         report_to="none",
         dataloader_num_workers=0,
     )
@@ -107,8 +131,9 @@ def specialize(
         args=arguments,
         train_dataset=Dataset.from_list([rows[place] for place in order]),
         processing_class=tokenizer,
+        callbacks=[Completing()],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     curve = [
         {
             "step": entry["step"],
