@@ -33,12 +33,16 @@ def track(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    from q2t.evaluation.cost import measure
+    from q2t.evaluation import cost
+    from q2t.records import write_json
     from q2t.tracking import log_timings
 
-    rows = measure(Path("."))
-    print(table([knowledge(row["model"]) | row for row in rows]))
-    log_timings(rows)
+    models = cost.measure(Path("."))
+    print(table([knowledge(row["model"]) | row for row in models]))
+    stages = log_timings(models)
+    if stages:
+        print(f"\n{table(stages)}")
+    write_json(cost.TIMINGS, {"models": models, "stages": stages})
 
 
 def knowledge(model: str, summary: Path = Path("reports/summary.json")) -> dict[str, Any]:
@@ -99,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("symbols", type=Path, metavar="SYMBOLS", help="folder of .kicad_sym files")
     made.add_argument("--out", type=Path, default=Path("data/catalog"), help="(default: %(default)s)")
 
-    verb(measure, "Time the models, and print what each costs beside what it knows.")
+    verb(measure, "Time the models, and print what each costs beside what it knows, then what the stages took.")
 
     made = verb(profile, "Merge a profile into params.yaml.")
     made.add_argument("name", metavar="NAME")

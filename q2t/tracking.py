@@ -27,9 +27,14 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from q2t.evaluation.cost import peak_memory_mb
 from q2t.lockfile import PARAMS, SUMMARY, Entry, digest, entry_before, inputs_key, read_result, read_yaml
 
 logger = logging.getLogger(__name__)
+
+HEADLINE = ("accuracy", "retention", "parameters", "bytes")
+"""A model's figures that a pipeline run shows, as MODEL.FIGURE. The others are in the runs of `evaluate`: all of
+them together are 200 columns, among which nobody finds these."""
 
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -56,12 +61,15 @@ def init_store(root: Path = Path(".")) -> Store:
 
     A relative `sqlite:///` URI lies under DVC_ROOT where DVC sets it: queued experiments run in a folder that
     is deleted afterwards, and have to write into the same database.
+
+    Raises:
+        ValueError: the store that `tracking.uri` names can't be used.
     """
     os.environ.update(ENVIRONMENT | os.environ)  # read when mlflow is imported
     import mlflow
 
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for noisy, level in {"alembic": logging.WARNING, "mlflow": logging.WARNING, "urllib3": logging.ERROR}.items():
+        logging.getLogger(noisy).setLevel(level)  # urllib3 warns of every retry
     settings = read_yaml((root / PARAMS).read_text(encoding="utf-8"))["tracking"]
     uri, name, artifacts = settings["uri"], settings["experiment"], None
     lock: AbstractContextManager[None] = nullcontext()
@@ -70,10 +78,15 @@ def init_store(root: Path = Path(".")) -> Store:
         database.parent.mkdir(parents=True, exist_ok=True)
         uri, artifacts = f"sqlite:///{database}", (database.parent / "artifacts").as_uri()
         lock = _alone(database.with_suffix(".lock"))  # two that migrate a fresh database crash each other
-    with lock:
-        client = mlflow.MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(name)
-        return Store(client, found.experiment_id if found else client.create_experiment(name, artifacts))
+    try:
+        with lock:
+            client = mlflow.MlflowClient(tracking_uri=uri)
+            found = client.get_experiment_by_name(name)
+            return Store(client, found.experiment_id if found else client.create_experiment(name, artifacts))
+    except mlflow.MlflowException as error:
+        away = isinstance(error.__context__, OSError)  # as all errors of requests are
+        reason = f"no server answers: start it, or correct {PARAMS}" if away else str(error).splitlines()[0]
+        raise ValueError(f"tracking.uri {settings['uri']}: {reason}") from error
 
 
 class StageRun:
@@ -82,6 +95,7 @@ class StageRun:
     def __init__(self) -> None:
         self._store: Store | None = None
         self._id = ""
+        self._began = time.monotonic()
 
     def metrics(self, values: dict[str, Any], step: int = 0) -> None:
         """Log every number in the (nested) values."""
@@ -103,10 +117,13 @@ class StageRun:
         self._id = store.create(stage, {"q2t.kind": "stage", "q2t.stage": stage} | known)
         self._store = store
         _log_entry(store, self._id, entry)
+        self._began = time.monotonic()
 
     def _end(self, status: str) -> None:
         if self._store:
             with _spared("the end of the run"):
+                cost = {"seconds": round(time.monotonic() - self._began, 1), "peak_memory_mb": peak_memory_mb()}
+                _log_metrics(self._store, self._id, cost)
                 self._store.client.set_terminated(self._id, status)
 
 
@@ -114,6 +131,7 @@ class StageRun:
 def stage_run(stage: str, root: Path = Path(".")) -> Iterator[StageRun]:
     """A live run around the body of a stage, with the parameters and data that DVC hands it.
 
+    At the end it says what the stage cost: the metrics `seconds`, and `peak_memory_mb` of the whole process.
     A failure of tracking is a warning and never costs a result; an exception of the body passes through.
     """
     run = StageRun()
@@ -139,9 +157,10 @@ def track(root: Path = Path("."), rev: str | None = None) -> str:
     result, store = read_result(root, rev), init_store(root)
     run_id = _find(store, "q2t.lock", result.key)
     if run_id is None:
-        run_id = store.create(f"pipeline-{result.key[:8]}", {"q2t.kind": "pipeline", "q2t.lock": result.key})
+        summary = json.loads(result.files[SUMMARY])
+        run_id = store.create(_title(result.key, summary), {"q2t.kind": "pipeline", "q2t.lock": result.key})
         _log_params(store, run_id, result.params)
-        _log_metrics(store, run_id, flatten(json.loads(result.files.get(SUMMARY, "{}"))))
+        _log_summary(store, run_id, summary)
         for stage, entry in result.stages.items():
             child = _child(store, run_id, stage, entry, result.files)
             store.client.set_tag(run_id, _name(f"q2t.stage.{stage}"), child)
@@ -151,11 +170,25 @@ def track(root: Path = Path("."), rev: str | None = None) -> str:
     return run_id
 
 
-def log_timings(rows: list[dict[str, Any]], root: Path = Path(".")) -> None:
-    """Add what `q2t measure` measured to the pipeline run, as often as it is measured."""
+def log_timings(models: list[dict[str, Any]], root: Path = Path(".")) -> list[dict[str, Any]]:
+    """Add what `q2t measure` measured to the pipeline run, as often as it is measured.
+
+    Returns:
+        A row for each stage of the result, in the order in which they ran: `stage`, `minutes`, `peak_memory_mb`.
+        A stage that DVC restored and that never ran here has none.
+    """
+    stages: list[dict[str, Any]] = []
     with _spared("timings"):
-        measured = {"measured": {row["model"]: row for row in rows}}
-        _log_metrics(init_store(root), track(root), flatten(measured))
+        store, run_id = init_store(root), track(root)
+        _log_metrics(store, run_id, flatten({"measured": {row["model"]: row for row in models}}))
+        tags = store.client.get_run(run_id).data.tags
+        runs = [store.client.get_run(child) for tag, child in tags.items() if tag.startswith("q2t.stage.")]
+        for run in sorted(runs, key=lambda run: run.info.start_time):
+            cost = run.data.metrics
+            if "seconds" in cost:
+                row = {"stage": run.info.run_name, "minutes": round(cost["seconds"] / 60, 2)}
+                stages.append(row | {"peak_memory_mb": cost["peak_memory_mb"]})
+    return stages
 
 
 def flatten(value: Any) -> dict[str, float]:
@@ -209,6 +242,23 @@ def _live(store: Store, inputs: str) -> str | None:
     query = f"tags.`q2t.inputs` = '{inputs}' AND attributes.status = 'FINISHED'"
     runs = store.client.search_runs([store.experiment], query, order_by=["attributes.start_time DESC"])
     return next((str(run.info.run_id) for run in runs if "q2t.entry" not in run.data.tags), None)
+
+
+def _title(key: str, summary: dict[str, Any]) -> str:
+    """The smallest model's accuracy and the result's key: MLflow's list of runs shows no metric unless told to."""
+    from q2t.report import percent
+
+    name, figures = list(summary.items())[-1]
+    return f"{name} {percent(figures['accuracy'])} ({key[:8]})"
+
+
+def _log_summary(store: Store, run_id: str, summary: dict[str, Any]) -> None:
+    """The headline figures as metrics, and as the table that the run's page opens with, the smallest model first."""
+    from q2t.report.summary import markdown_table
+
+    models = dict(reversed(summary.items()))
+    _log_metrics(store, run_id, flatten({k: {h: v.get(h) for h in HEADLINE} for k, v in models.items()}))
+    store.client.set_tag(run_id, "mlflow.note.content", markdown_table(models))
 
 
 def _log_entry(store: Store, run_id: str, entry: Entry) -> None:

@@ -80,6 +80,7 @@ evaluate:
     teacher: models/teacher
   max_new_tokens: 9
   batch_size: 2
+  lenient: [base]
   confidence: 0.95
   resamples: 100
 
@@ -204,11 +205,10 @@ def test_track_prints_the_run(monkeypatch, capsys):
 
 def test_measure_shows_cost_beside_what_is_known_and_logs_it(here, monkeypatch, capsys):
     rows = [{"model": "teacher", "tokens_per_second": 28.4321}, {"model": "new", "tokens_per_second": 101.26}]
+    stages = [{"stage": "distill", "minutes": 7.84, "peak_memory_mb": 4203.7}]
     logged: list = []
-    cost = ModuleType("cost")
-    cost.measure = lambda root: rows
-    monkeypatch.setitem(sys.modules, "q2t.evaluation.cost", cost)
-    monkeypatch.setattr("q2t.tracking.log_timings", logged.extend)
+    monkeypatch.setattr("q2t.evaluation.cost.measure", lambda root: rows)
+    monkeypatch.setattr("q2t.tracking.log_timings", lambda models: logged.extend(models) or stages)
     Path("reports").mkdir()
     known = {
         "accuracy": 0.61234,
@@ -223,8 +223,12 @@ def test_measure_shows_cost_beside_what_is_known_and_logs_it(here, monkeypatch, 
         ["model", "accuracy", "retention", "parameters", "megabytes", "tokens_per_second"],
         ["teacher", "0.612", "1", "134,515,008", "538.1", "28.4"],
         ["new", "101.3"],
+        [],
+        ["stage", "minutes", "peak_memory_mb"],
+        ["distill", "7.84", "4203.7"],
     ]
     assert logged == rows
+    assert json.loads(Path("reports/timings.json").read_text()) == {"models": rows, "stages": stages}
 
 
 def test_ask_streams_the_answer(tmp_path, monkeypatch, capsys):

@@ -1,14 +1,18 @@
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from q2t import tracking
+from q2t import cli, tracking
+from q2t.evaluation.cost import peak_memory_mb
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +68,9 @@ elif stage == "distill":
 elif stage == "evaluate":
     write("reports/metrics/evaluate_student.json", json.dumps({"accuracy": 1 - loss}))
 else:
-    write("reports/summary.json", json.dumps({"student": {"accuracy": 1 - loss, "retention": None}}))
+    figures = {"accuracy": 1 - loss, "interval": [0, 1], "retention": None, "retention_interval": None}
+    figures |= {"parameters": 90_000, "bytes": 400_000, "truncated": 0.1, "families": {"rc": {"accuracy": 1}}}
+    write("reports/summary.json", json.dumps({"student": figures}))
 """
 
 
@@ -122,7 +128,15 @@ def test_two_experiments_are_two_rows_that_differ_in_the_parameter(runs):
     hot, cold = (client.get_run(first[rev]).data for rev in ("hot", "HEAD"))
     assert {k for k in hot.params if hot.params[k] != cold.params[k]} == {"distill.temperature"}
     assert hot.params["distill.temperature"] == "4" and cold.params["distill.layers"] == "[0, 2]"
-    assert hot.metrics == {"student.accuracy": 0.6} and cold.metrics == {"student.accuracy": 0.8}
+    assert (hot.metrics["student.accuracy"], cold.metrics["student.accuracy"]) == (0.6, 0.8)
+
+
+def test_a_pipeline_run_opens_with_its_headline_figures(runs):
+    client, _, first, _, _ = runs
+    hot = client.get_run(first["hot"]).data
+    assert hot.metrics == {"student.accuracy": 0.6, "student.parameters": 90_000, "student.bytes": 400_000}
+    assert hot.tags["mlflow.runName"] == f"student 60.0% ({hot.tags['q2t.lock'][:8]})"
+    assert "| student | 60.0% (0.0–100.0%) |" in hot.tags["mlflow.note.content"]
 
 
 def test_the_commit_is_named_where_it_holds_the_result(runs, project):
@@ -222,10 +236,64 @@ def test_unknown_revision(project):
         tracking.track(project, "nowhere")
 
 
-def test_timings_are_added_to_the_pipeline_run(runs, project):
-    client, _, _, _, _ = runs
-    tracking.log_timings([{"model": "student", "tokens_per_second": 80.5}], project)
+def test_timings_are_added_to_the_pipeline_run_and_stages_say_what_they_took(runs, project):
+    client, _, first, _, _ = runs
+    distill = client.get_run(first["hot"]).data.tags["q2t.stage.distill"]
+    peak = client.get_run(distill).data.metrics["peak_memory_mb"]
+    client.log_metric(distill, "seconds", 90.0)
+    stages = tracking.log_timings([{"model": "student", "tokens_per_second": 80.5}], project)
     assert client.get_run(tracking.track(project)).data.metrics["measured.student.tokens_per_second"] == 80.5
+    # The others never showed themselves here, as if DVC had restored them.
+    assert stages == [{"stage": "distill", "minutes": 1.5, "peak_memory_mb": peak}]
+    assert peak > 20
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stage_logs_its_time_and_peak_memory(project, fails):
+    with suppress(KeyError), tracking.stage_run("pose", project) as run:
+        ballast = bytearray(b"x") * 300_000_000
+        time.sleep(0.3)
+        del ballast
+        if fails:
+            raise KeyError("body")
+    cost = tracking.init_store(project).client.get_run(run._id).data.metrics
+    assert 0.3 <= cost["seconds"] < 60 and 300 < cost["peak_memory_mb"] <= peak_memory_mb()
+
+
+@pytest.fixture
+def unreachable(project, free_port):
+    """The project while its params.yaml names a tracking server that is down, and the server's address."""
+    text, uri = (project / "params.yaml").read_text(), f"http://127.0.0.1:{free_port}"
+    (project / "params.yaml").write_text(text.replace("sqlite:///.q2t/mlflow.db", uri))
+    yield uri
+    (project / "params.yaml").write_text(text)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_track_without_its_server_is_one_line(project, unreachable):
+    command = [sys.executable, "-m", "q2t.cli", "track"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == f"q2t: tracking.uri {unreachable}: no server answers: start it, or correct params.yaml\n"
+
+
+def test_measure_without_its_server_warns_and_prints_still(project, unreachable, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(project)
+    monkeypatch.setattr("q2t.evaluation.cost.measure", lambda root: [{"model": "student", "tokens_per_second": 80.5}])
+    began = time.monotonic()
+    assert cli.main(["measure"]) == 0
+    assert time.monotonic() - began < 60  # MLflow's own retries would take minutes
+    assert "80.5" in capsys.readouterr().out
+    (warning,) = caplog.messages
+    assert unreachable in warning and "no server answers" in warning
+    assert json.loads((project / "reports/timings.json").read_text())["stages"] == []
 
 
 def test_queued_experiments_write_into_the_repository_they_came_from(project, tmp_path, monkeypatch):
@@ -252,7 +320,7 @@ def test_the_exception_of_the_body_passes_through_and_fails_the_run(project):
         raise KeyError("body")
     store = tracking.init_store(project)
     failed = store.client.search_runs([store.experiment], "attributes.status = 'FAILED'")
-    assert [r.info.run_name for r in failed] == ["distill"]
+    assert "distill" in {r.info.run_name for r in failed}
 
 
 def test_flatten_keeps_finite_numbers_only():

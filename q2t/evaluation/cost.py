@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q2t.config import PARAMS, Compute, load
-from q2t.records import Problem, read_jsonl, write_json
+from q2t.records import Problem, read_jsonl
 
 if TYPE_CHECKING:
     from q2t.deployment.runtime import Runtime
@@ -27,7 +27,7 @@ REPEATS, TOKENS = 5, 64
 
 
 def measure(root: Path) -> list[dict[str, Any]]:
-    """Measure the models of `evaluate.models` that are there, and write reports/timings.json.
+    """Measure the models of `evaluate.models` that are there.
 
     Returns:
         A row for each model, in the order of params.yaml: `model`, its name, and `measure_model`'s figures.
@@ -50,7 +50,6 @@ def measure(root: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"evaluate.models.{name}: {error}") from None
         rows.append({"model": name, **figures})
-    write_json(root / TIMINGS, rows)
     return rows
 
 
@@ -92,7 +91,7 @@ def _measure_here(folder: Path, compute: Compute, questions: Sequence[str]) -> d
     return {
         "tokens_per_second": round(TOKENS / statistics.median(rest), 2),
         "first_token_ms": round(1000 * statistics.median(first), 2),
-        "peak_memory_mb": round(_peak_memory() / 1e6, 1),
+        "peak_memory_mb": peak_memory_mb(),
     }
 
 
@@ -115,13 +114,18 @@ def _ask(runtime: "Runtime", question: str) -> tuple[float, float]:
         return first - start, time.perf_counter() - first
 
 
-def _peak_memory() -> int:
-    """Bytes. On Linux not from getrusage, which begins with the peak of the process that started this one."""
+def peak_memory_mb() -> float:
+    """The most main memory that this process has held, in 10**6 bytes.
+
+    On Linux not from getrusage, which begins with the peak of the process that started this one.
+    """
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+        peak = int(line.split()[1]) * 1024
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
+    return round(peak / 1e6, 1)
 
 
 if __name__ == "__main__":

@@ -64,13 +64,13 @@ def test_each_recipe_is_more_careful_than_the_one_before(folder, tmp_path):
     for place, recipe in enumerate(RECIPES):
         quantize(folder, tmp_path / str(place), recipe)
         errors.append(float((whole - logits(tmp_path / str(place))).pow(2).mean()))
-    assert errors == sorted(errors, reverse=True) and len(set(errors)) == 3
+    assert errors == sorted(errors, reverse=True) and len(set(errors)) == len(RECIPES)
 
 
 def test_tied_embeddings_are_one_matrix_still(folder, tmp_path):
     quantize(folder, tmp_path / "int8", RECIPES[0])
     graph = onnx.load(tmp_path / "int8" / ONNX_FILE).graph
-    (gather,) = [n for n in graph.node if n.op_type == "Gather" and n.input[0] == "embedding.int8"]
+    (gather,) = [n for n in graph.node if n.op_type == "Gather" and n.input[0].endswith("embed_tokens.weight.int8")]
     (head,) = [n for n in graph.node if n.output[0] == "logits"]
     tied = load_model(folder.with_name("torch")).config.tie_word_embeddings
     assert (head.input[1] == gather.input[0]) == tied
@@ -113,12 +113,12 @@ def test_the_gate_scores_what_it_publishes(folder, tmp_path):
 
 
 def test_the_gate_fails_with_the_figures_of_all(folder, tmp_path):
-    scores = iter([0.11, 0.22, 0.33])
+    scores = iter([0.11, 0.22])
     (tmp_path / "int8").mkdir()
     (tmp_path / "int8" / "kept").touch()
     with pytest.raises(ValueError, match="export.recovery 0.95") as failure:
         gate(folder, tmp_path / "int8", lambda f: next(scores), reference=0.8, recovery=0.95)
     text = str(failure.value)
     assert all(recipe.name in text for recipe in RECIPES)
-    assert all(figure in text for figure in ("0.1100", "0.2200", "0.3300", "0.8000", "0.7600", " MB"))
+    assert all(figure in text for figure in ("0.1100", "0.2200", "0.8000", "0.7600", " MB"))
     assert [path.name for path in tmp_path.rglob("*")] == ["int8", "kept"]
