@@ -35,6 +35,8 @@ class Source(Section):
     """A random model of this shape: for tests."""
     license: str = "unknown"
     """SPDX identifier, for the model card."""
+    base_model: str | None = None
+    """The model's name on the Hub, for the model card; a hub source has it already."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Source":
@@ -152,6 +154,9 @@ class Export(Section):
 class Evaluate(Section):
     models: dict[str, str] = Field(min_length=1)
     """Name to folder, in the order of the report."""
+    lenient: list[str]
+    """Of these, the models that are also asked with worked examples and judged by free text: those that were never
+    taught the template."""
     max_new_tokens: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     confidence: float = Field(gt=0, lt=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from q2t.config import load
 from q2t.deployment import runtime
 from q2t.determinism import seed_everything
-from q2t.evaluation import forgetting, harness
+from q2t.evaluation import forgetting, harness, lenient
 from q2t.records import Completion, Problem, read_jsonl, write_json, write_jsonl
 from q2t.stage import run
 from q2t.tracking import stage_run
@@ -25,13 +25,20 @@ def main() -> None:
         judged = harness.answer(model, test + general, params.evaluate)
         metrics = {
             "model": name,
-            **harness.score(judged, params.evaluate, params.seed),
+            **harness.score(judged, params.evaluate),
             **harness.size(folder),
             "forgetting": {
                 "bits_per_byte": forgetting.bits_per_byte(model, general, references),
                 "degenerate": harness.degenerate(judged),
             },
         }
+        if name in params.evaluate.lenient:
+            lessons = read_jsonl(Path("data/prompts/lessons.jsonl"), Problem)
+            prompts = lenient.prompts(model.tokenizer, test, lessons)
+            found = harness.answer(model, test, params.evaluate, prompts, lenient.judge)
+            judged[: len(test)] = [strict.beside(free) for strict, free in zip(judged, found, strict=False)]
+            metrics["lenient"] = harness.score(found, params.evaluate)
+            metrics["chance"] = lenient.chance(test)
         write_jsonl(Path(f"reports/answers/{name}.jsonl"), judged)
         write_json(Path(f"reports/metrics/evaluate_{name}.json"), metrics)
         tracked.metrics(metrics)

@@ -21,7 +21,7 @@ def main() -> None:
 
         def accuracy(folder: Path) -> float:
             judged = harness.answer(runtime.load(folder, params.compute), dev, params.evaluate)
-            return harness.score(judged, params.evaluate, params.seed)["accuracy"]
+            return harness.score(judged, params.evaluate)["accuracy"]
 
         onnx.export(PRUNED, ONNX)
         deviation = onnx.deviation(PRUNED, ONNX, [problem.question for problem in dev[:8]])

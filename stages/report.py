@@ -1,15 +1,15 @@
-"""Run as: python -m stages.report. Metrics, answers and curves -> reports/summary.json, index.html, MODEL_CARD.md."""
+"""Run as: python -m stages.report. Metrics, answers, curves -> reports/summary.json, index.html and the two cards."""
 
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
 from q2t.config import load
-from q2t.report import card, page, publish, summary
+from q2t.report import card, dataset, page, publish, summary
 from q2t.stage import run
 from q2t.tracking import stage_run
 
-REPORTS = Path("reports")
+REPORTS, FILTERED = Path("reports"), Path("data/filtered")
 
 
 def main() -> None:
@@ -27,9 +27,16 @@ def main() -> None:
         shown = yaml.load(Path("params.yaml"))
         publish(
             REPORTS / "index.html",
-            page.render(REPORTS, Path("data/filtered/rejected.jsonl"), shown, yaml.load(Path("dvc.lock"))),
+            page.render(
+                REPORTS,
+                FILTERED / "rejected.jsonl",
+                shown,
+                yaml.load(Path("dvc.lock")),
+                Path("requirements.lock"),
+            ),
         )
         publish(REPORTS / "MODEL_CARD.md", card.render(REPORTS, shown))
+        publish(REPORTS / "DATASET_CARD.md", dataset.render(REPORTS, FILTERED / "examples.jsonl", shown))
         tracked.metrics(figures)
 
 

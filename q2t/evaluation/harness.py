@@ -1,5 +1,6 @@
 """One harness for every model: same prompts, same template, greedy, same token cap."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +26,43 @@ class Judged(Record):
     rule: str
     expected: Json
     measured: Json
+    unit: str = ""
+    """Of `expected` and `measured`; empty where they are no quantities."""
+    lenient: dict[str, Json] | None = None
+    """text, correct, rule and measured of the answer to the same question after worked examples, judged leniently."""
+
+    def beside(self, free: "Judged") -> "Judged":
+        """This answer, with the lenient one to the same question beside it."""
+        assert free.problem_id == self.problem_id
+        return self.model_copy(update={"lenient": free.model_dump(include={"text", "correct", "rule", "measured"})})
 
 
-def answer(runtime: Runtime, problems: list[Problem], settings: Evaluate) -> list[Judged]:
-    """Greedy answers to all problems, in their order, judged."""
-    requests = [Request(runtime.prompt(problem.question)) for problem in problems]
+def judge(problem: Problem, text: str, finish_reason: str) -> Verdict:
+    """The verdict on a whole answer. A truncated answer is wrong, whatever it says so far."""
+    if finish_reason == "length":
+        return Verdict(correct=False, rule="truncated")
+    try:
+        trajectory = parse(text)
+    except Malformed as error:
+        return Verdict(correct=False, rule=f"malformed: {error.rule}")
+    return verify(problem, trajectory.answer)
+
+
+def answer(
+    runtime: Runtime,
+    problems: list[Problem],
+    settings: Evaluate,
+    prompts: Sequence[str] | None = None,
+    judge: Callable[[Problem, str, str], Verdict] = judge,
+) -> list[Judged]:
+    """Greedy answers to all problems, in their order, judged.
+
+    Args:
+        prompts: one for each problem, if it isn't just the question in the chat template.
+        judge: the verdict on a problem's answer and its finish reason.
+    """
+    prompts = prompts or [runtime.prompt(problem.question) for problem in problems]
+    requests = [Request(prompt) for prompt in prompts]
     judged: dict[int, Judged] = {}
     for batch in runtime.generate(
         requests,
@@ -51,19 +84,9 @@ def answer(runtime: Runtime, problems: list[Problem], settings: Evaluate) -> lis
                 rule=verdict.rule if verdict else "",
                 expected=problem.check.get("expected"),
                 measured=verdict.measured if verdict else None,
+                unit=str(problem.check.get("unit", "")),
             )
     return [judged[place] for place in range(len(problems))]
-
-
-def judge(problem: Problem, text: str, finish_reason: str) -> Verdict:
-    """The verdict on a whole answer. A truncated answer is wrong, whatever it says so far."""
-    if finish_reason == "length":
-        return Verdict(correct=False, rule="truncated")
-    try:
-        trajectory = parse(text)
-    except Malformed as error:
-        return Verdict(correct=False, rule=f"malformed: {error.rule}")
-    return verify(problem, trajectory.answer)
 
 
 def by_family(judged: list[Judged]) -> dict[str, list[bool]]:
@@ -75,16 +98,14 @@ def by_family(judged: list[Judged]) -> dict[str, list[bool]]:
     return verdicts
 
 
-def score(judged: list[Judged], settings: Evaluate, seed: int) -> dict[str, Any]:
-    """Accuracy per family and in the macro mean with its bootstrap interval, and the share of truncated answers."""
+def score(judged: list[Judged], settings: Evaluate) -> dict[str, Any]:
+    """Accuracy per family and in the macro mean with its interval, and the share of truncated answers."""
     verdicts = by_family(judged)
     target = [row for row in judged if row.correct is not None]
     return {
         "families": {family: {"correct": sum(each), "total": len(each)} for family, each in sorted(verdicts.items())},
         "accuracy": macro_accuracy(verdicts),
-        "interval": list(
-            accuracy_interval(verdicts, resamples=settings.resamples, confidence=settings.confidence, seed=seed)
-        ),
+        "interval": list(accuracy_interval(verdicts, settings.confidence)),
         "truncated": sum(row.finish_reason == "length" for row in target) / len(target),
     }
 

@@ -1,7 +1,8 @@
 """Accuracy and retention with their intervals.
 
-Retention is a model's macro accuracy divided by its teacher's. Both answer the same problems, so its interval
-comes from a paired bootstrap: each resample draws problems, and takes both models' answers to them.
+Accuracy has intervals from formulas that hold at 0 and at 1 as well. Retention is a model's macro accuracy divided
+by its teacher's. Both answer the same problems, so its interval comes from a paired bootstrap: each resample draws
+problems, and takes both models' answers to them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +20,21 @@ def macro_accuracy(correct: Correct) -> float:
     return float(np.mean([np.mean(correct[family]) for family in sorted(correct)]))
 
 
-def accuracy_interval(correct: Correct, *, resamples: int, confidence: float, seed: int) -> Interval:
-    """Percentile bootstrap interval of the macro accuracy; problems are resampled within their family.
+def accuracy_interval(correct: Correct, confidence: float) -> Interval:
+    """Interval of the macro accuracy, sensible at 0 and at 1 too.
 
-    It has no width where all answers are right or all are wrong; `wilson_interval` has, for one family.
-    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    The families are the strata: each gets its share of z^2 imaginary problems, half of them answered right, and the
+    normal interval of the mean follows. With one family this is Agresti and Coull's interval. A percentile bootstrap
+    has no width where all answers are right or all are wrong.
+    Price and Bonett, Computational Statistics and Data Analysis 45, 2004, who write 4 for z^2: 95%.
     """
-    return _percentiles(_resample([correct], resamples, seed)[0], confidence)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    added = z * z / len(correct)
+    totals = np.array([len(correct[family]) for family in sorted(correct)]) + added
+    shares = (np.array([sum(correct[family]) for family in sorted(correct)]) + added / 2) / totals
+    centre = float(shares.mean())
+    half = z * float(np.sqrt((shares * (1 - shares) / totals).sum())) / len(correct)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def retention(model: Correct, teacher: Correct) -> float | None:
@@ -39,12 +48,18 @@ def retention_interval(
 ) -> Interval | None:
     """Paired percentile bootstrap interval of `retention`; None where that is.
 
-    Resamples in which the teacher answers nothing right have no ratio, and are left out.
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+
+    Resamples in which the teacher answers nothing right have no ratio, and are left out. None too for a model with
+    nothing right: every resample says the same of it, which is no certainty.
     """
     assert {f: len(c) for f, c in model.items()} == {f: len(c) for f, c in teacher.items()}
     kept, known = _resample([model, teacher], resamples, seed)
     defined = known > 0
-    return _percentiles(kept[defined] / known[defined], confidence) if defined.any() else None
+    if not defined.any() or macro_accuracy(model) == 0:
+        return None
+    low, high = np.quantile(kept[defined] / known[defined], [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def wilson_interval(correct: int, total: int, confidence: float) -> Interval:
@@ -66,8 +81,3 @@ def _resample(models: Sequence[Correct], resamples: int, seed: int) -> np.ndarra
         drawn = random.integers(problems, size=(resamples, problems))
         total += answers[:, drawn].mean(axis=2)
     return total / len(models[0])
-
-
-def _percentiles(values: np.ndarray, confidence: float) -> Interval:
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)

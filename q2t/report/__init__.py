@@ -1,4 +1,4 @@
-"""What a person reads: the summary, the page, the model card and the README's table.
+"""What a person reads: the summary, the page, the cards of the model and of its data, and the README's table.
 
 Here are the few number formats that all of them share, and how a text file is published.
 """
@@ -6,9 +6,14 @@ Here are the few number formats that all of them share, and how a text file is p
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jinja2
 
 NOTHING = "–"
+TEXT_LIMIT = 1500
+"""Characters of an answer that are shown."""
 
 
 def percent(share: float | None) -> str:
@@ -53,6 +58,18 @@ def figure(value: Any) -> str:
     return str(value)
 
 
+def quantity(value: Any, unit: str) -> str:
+    """An expected or measured value: 440000.0 in ohm as "440 kohm"; as `figure` without a unit."""
+    from quantiphy import Quantity
+
+    return Quantity(value, unit).render() if unit and isinstance(value, int | float) else figure(value)
+
+
+def excerpt(text: str, limit: int = TEXT_LIMIT) -> str:
+    """The text, cut with a note of how much is left out."""
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested maps as one map with dotted keys; empty values are left out."""
     flat: dict[str, Any] = {}
@@ -62,6 +79,22 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif value is not None:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def template(name: str) -> "jinja2.Template":
+    """A template of this folder, with the number formats as filters. HTML is escaped, Markdown is not."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=name.endswith(".html.j2"),  # select_autoescape() would not recognise it
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {each.__name__: each for each in (percent, span, size, millions, figure, quantity, excerpt)}
+    return environment.get_template(name)
 
 
 def publish(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from q2t import report
-from q2t.report.summary import TEACHER, load, markdown_table
+from q2t.report.summary import TEACHER, chance, load, markdown_table, measured
 
 TAGS = sorted(["distillation", "electronics", "onnx", "pruning", "q2t", "text-generation"])
 
@@ -17,7 +17,6 @@ def render(reports: Path, params: Mapping[str, Any]) -> str:
     It describes the last model of `evaluate.models`. The license is that of the source from which the
     teacher was made, since the student is cut from it.
     """
-    import jinja2
     from huggingface_hub import EvalResult, ModelCardData
 
     summary = load(reports)
@@ -25,7 +24,7 @@ def render(reports: Path, params: Mapping[str, Any]) -> str:
     source = params["sources"][params["specialize"]["source"]]
     data = ModelCardData(
         model_name=f"q2t {final}",
-        base_model=hub_id(source),
+        base_model=source.get("base_model") or hub_id(source),
         language="en",
         library_name="transformers",
         license=(source.get("license") or "unknown").lower(),
@@ -43,23 +42,15 @@ def render(reports: Path, params: Mapping[str, Any]) -> str:
             )
         ],
     )
-    environment = jinja2.Environment(  # Markdown, and no model output in it: nothing to escape
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    for function in (report.percent, report.span, report.size, report.millions):
-        environment.filters[function.__name__] = function
-    return environment.get_template("card.md.j2").render(
+    return report.template("card.md.j2").render(
         front_matter=data.to_yaml(),
         final=final,
         model=summary[final],
         teacher=summary[TEACHER],
         folder=params["evaluate"]["models"][final],
         table=markdown_table(summary),
-        summary=summary,
+        measured=measured(summary),
+        chance=chance(summary),
         source=next((str(source[k]) for k in ("hub", "registry", "path") if source.get(k)), "a random model"),
         counts=json.loads((reports / "metrics" / "filter.json").read_text(encoding="utf-8")),
         params=params,

@@ -21,13 +21,39 @@ WIDTH = 360
 SERIES = {"loss": "loss", "cross_entropy": "cross-entropy", "kl": "KL"}
 
 
+def graph(nodes: Sequence[Mapping[str, str]], edges: Iterable[tuple[str, str]], title: str) -> Markup:
+    """Boxes from top to bottom, arrows down from one to the next and around the others.
+
+    `nodes`: name and text, in an order in which every edge goes down. `edges`: pairs of names.
+    """
+    right, step, tall = 236, 42, 28
+    middle = {node["name"]: step * number + tall / 2 + 1 for number, node in enumerate(nodes)}
+    parts = []
+    for start, end in sorted(edges, key=lambda edge: (middle[edge[0]], middle[edge[1]])):
+        y1, y2 = middle[start], middle[end]
+        if y2 - y1 == step:
+            path, head = f"M40 {_n(y1 + tall / 2)}V{_n(y2 - tall / 2 - 5)}", f"M36 {_n(y2 - tall / 2 - 6)}h8l-4 6z"
+        else:
+            y1, y2, bulge = y1 + 5, y2 - 5, right + 16 * (y2 - y1) / step
+            path = f"M{right} {_n(y1)}C{_n(bulge)} {_n(y1)} {_n(bulge)} {_n(y2)} {right + 6} {_n(y2)}"
+            head = f"M{right + 6} {_n(y2 - 4)}v8l-6 -4z"
+        parts.append(Markup('<path class="edge" d="{}"/><path class="head" d="{}"/>').format(path, head))
+    for node in nodes:
+        y = middle[node["name"]]
+        box = Markup('<rect class="node" x="1" y="{}" width="{}" height="{}" rx="3"/>')
+        parts.append(box.format(_n(y - tall / 2), right - 1, tall))
+        parts.append(_text(11, y + 4, node["name"], "label", "start"))
+        parts.append(_text(right - 10, y + 4, node["text"], "mute", "end"))
+    return _svg(step * len(nodes) - step + tall + 2, title, parts)
+
+
 def bars(rows: Sequence[Mapping[str, Any]], title: str, reference: float | None = None) -> Markup:
     """Horizontal bars with interval whiskers.
 
     `rows`: name, value and interval (shares, or None), kind (the class that colours it). The axis starts at
-    0 and ends at 1, or at the highest whisker if that is higher.
+    0 and ends at 1, or at the highest whisker if that is higher. `reference` is a dashed line.
     """
-    left, right, top, step = 78, 54, 4, 21
+    left, right, top, step = 114, 54, 4, 21
     high = max([1.0] + [row["interval"][1] for row in rows if row["interval"]])
     x = _linear(0, high, left, WIDTH - right)
     height = top + step * len(rows) + 20
@@ -81,7 +107,7 @@ def scatter(rows: Sequence[Mapping[str, Any]], title: str) -> Markup:
     return _svg(height, title, parts)
 
 
-def curve(path: Path, title: str, bins: int = 120) -> Markup | None:
+def curve(path: Path, title: str, bins: int = 40) -> Markup | None:
     """Loss, cross-entropy and KL of one training stage against its steps; None if there is nothing to draw.
 
     Every series is averaged in at most `bins` bins; the band is each bin's range. The axis is logarithmic

@@ -10,7 +10,7 @@ from typing import Any
 
 from q2t import report
 from q2t.report import charts
-from q2t.report.summary import TEACHER, load, read_rows
+from q2t.report.summary import LENIENT, TEACHER, chance, load, measured, read_rows
 
 STAGES = {
     "fetch": "source models, pinned",
@@ -25,11 +25,29 @@ STAGES = {
     "export": "ONNX and int8",
     "evaluate": "one harness for every model",
 }
-TEXT_LIMIT = 1500
-"""Characters of an answer that are shown."""
+REASONS = {
+    "truncated": "stopped at the token limit",
+    "malformed": "not of the form <think>…</think><answer>…</answer>",
+    "wrong": "the verifier says no",
+    "degenerate": "empty, or repeats itself",
+    "too_long": "more tokens than the student may learn",
+    "contaminated": "shares operands with a held-out problem",
+    "near_duplicate": "worded like a held-out problem",
+    "duplicate": "the same answer to the same question, once more",
+    "surplus": "right, but more than the mix has room for",
+}
+EXAMPLES = 3
+"""Rejected answers that are shown for each reason, and problems for each family."""
+PACKAGES = (
+    *("torch", "transformers", "trl", "tokenizers", "onnxruntime", "optimum-onnx", "numpy"),
+    *("dvc", "mlflow", "great-expectations", "datasketch"),
+)
+"""Those that shape results; the lock file has them all."""
 
 
-def render(reports: Path, rejected: Path, params: Mapping[str, Any], lock: Mapping[str, Any]) -> str:
+def render(
+    reports: Path, rejected: Path, params: Mapping[str, Any], lock: Mapping[str, Any], requirements: Path
+) -> str:
     """The page, from reports/summary.json and the files beside it.
 
     Args:
@@ -37,27 +55,21 @@ def render(reports: Path, rejected: Path, params: Mapping[str, Any], lock: Mappi
         rejected: data/filtered/rejected.jsonl.
         params: params.yaml; `tracking` is not shown, since it can't change a result.
         lock: dvc.lock; this page's own stage is not shown.
+        requirements: requirements.lock.
     """
-    import jinja2
-
     summary = load(reports)
     final = list(summary)[-1]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # select_autoescape() would not recognise ".html.j2"
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for function in (report.percent, report.span, report.size, report.millions, report.figure, excerpt):
-        environment.filters[function.__name__] = function
-    return environment.get_template("page.html.j2").render(
+    return report.template("page.html.j2").render(
         summary=summary,
         final=final,
-        kinds={name: _kind(name, final) for name in summary},
+        measured=measured(summary),
+        chance=chance(summary),
+        lenient=LENIENT,
+        kinds={name: _kind(name, summary) for name in measured(summary)},
         confidence=f"{100 * params['evaluate']['confidence']:g}%",
         headline=headline(summary),
-        charts=_charts(reports, summary, final),
+        charts=_charts(reports, summary),
+        graph=charts.graph(*graph(reports, summary, lock), "Which stage reads what which stage wrote"),
         pipeline=pipeline(reports, summary),
         rejections=rejections(reports, rejected),
         answers=answers(reports, list(dict.fromkeys([next(iter(summary)), TEACHER, final]))),
@@ -68,11 +80,12 @@ def render(reports: Path, rejected: Path, params: Mapping[str, Any], lock: Mappi
             if section != "tracking"
         },
         outs=outs(lock),
+        packages=packages(requirements),
     )
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """The result in one or two sentences."""
+    """The result in two or three sentences."""
     final = list(summary)[-1]
     model, teacher = summary[final], summary[TEACHER]
     right = (
@@ -85,7 +98,51 @@ def headline(summary: Mapping[str, Any]) -> str:
     )
     if model["retention"] is None:
         return f"{right}, {smaller}. With nothing right, the teacher leaves nothing to retain."
-    return f"{right}: {report.percent(model['retention'])} retained, {smaller}."
+    found = f"{right}: {report.percent(model['retention'])} retained, {smaller}."
+    guesses = chance(summary)
+    if guesses is None:
+        return found
+    free = [
+        f"{name.replace(', ', ' with ')} {report.percent(row['accuracy'])}"
+        for name, row in measured(summary).items()
+        if name not in summary
+    ]
+    return f"{found} Not trained at all: {', '.join(free)}; blind guesses {report.percent(guesses['accuracy'])}."
+
+
+def graph(
+    reports: Path, summary: Mapping[str, Any], lock: Mapping[str, Any]
+) -> tuple[list[dict[str, str]], set[tuple[str, str]]]:
+    """The stages with the rows or steps that each came to, and which one reads what another wrote, from dvc.lock."""
+    texts = dict.fromkeys(STAGES, "")
+    for stage in pipeline(reports, summary):
+        counts = [run["counts"] for run in stage["runs"]]
+        match stage["name"]:
+            case "fetch":
+                texts["fetch"] = f"{sum(name.startswith('fetch@') for name in lock['stages'])} pinned"
+            case "pose":
+                texts["pose"] = (
+                    f"{sum(v for c in counts for k, v in c.items() if not k.startswith('parts')):,} problems"
+                )
+            case "generate":
+                texts["generate"] = f"{sum(c.get('answers', 0) for c in counts):,} answers"
+            case "filter":
+                texts["filter"] = " of ".join(f"{c[k]:,}" for c in counts for k in ("kept", "read")) + " rows kept"
+            case name:
+                shown = ((c, key) for c in counts for key in ("steps", "rows", "layers", "models") if key in c)
+                texts[name] = next((f"{c[key]:,} {key}" for c, key in shown), "")
+    written = {
+        out["path"]: name.split("@")[0] for name, entry in lock["stages"].items() for out in entry.get("outs", [])
+    }
+    edges = {
+        (source, name.split("@")[0])
+        for name, entry in lock["stages"].items()
+        for dep in entry.get("deps", [])
+        for path, source in written.items()
+        if f"{dep['path']}/".startswith(f"{path}/") or path.startswith(f"{dep['path']}/")
+    }
+    nodes = [{"name": name, "text": text} for name, text in texts.items()]
+    return nodes, {(a, b) for a, b in edges if a != b and a in STAGES and b in STAGES}
 
 
 def pipeline(reports: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -109,22 +166,32 @@ def pipeline(reports: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def rejections(reports: Path, rejected: Path) -> dict[str, Any]:
-    """Rows of reason, count, share of all answers and the first example; the commonest reason first."""
+    """Rows of reason, count, share of all answers and first examples, the commonest reason first; kept by family."""
     counts = _read(reports / "metrics" / "filter.json")
-    examples: dict[str, dict[str, Any]] = {}
+    examples: dict[str, list[dict[str, Any]]] = {}
     for row in read_rows(rejected):
-        examples.setdefault(row["reason"], row)
+        shown = examples.setdefault(row["reason"], [])
+        if len(shown) < EXAMPLES and row["family"] not in [other["family"] for other in shown]:
+            shown.append(row)
     judged = counts["kept"] + sum(counts["rejected"].values())
     ordered = sorted(counts["rejected"].items(), key=lambda item: (-item[1], item[0]))
     rows = [
-        {"reason": reason, "count": count, "share": count / judged, "example": examples.get(reason)}
+        {
+            "reason": reason,
+            "what": REASONS.get(reason, ""),
+            "details": sorted(counts.get(reason, {}).items(), key=lambda item: (-item[1], item[0])),
+            "count": count,
+            "share": count / judged,
+            "examples": examples.get(reason, []),
+        }
         for reason, count in ordered
         if count
     ]
-    return {"kept": counts["kept"], "judged": judged, "rows": rows}
+    families = sorted(counts["families"].items(), key=lambda item: (item[0] == "general", item[0]))
+    return {"kept": counts["kept"], "judged": judged, "rows": rows, "families": families}
 
 
-def answers(reports: Path, models: list[str], most: int = 3) -> dict[str, list[dict[str, Any]]]:
+def answers(reports: Path, models: list[str], most: int = EXAMPLES) -> dict[str, list[dict[str, Any]]]:
     """Family to at most `most` problems, each with the answers of `models` side by side.
 
     The first problem of every pattern of right and wrong is taken, so that losses show as well as gains.
@@ -138,7 +205,7 @@ def answers(reports: Path, models: list[str], most: int = 3) -> dict[str, list[d
         first = rows[models[0]]
         pattern = tuple(bool(row["correct"]) for row in rows.values())
         family = patterns.setdefault(first["family"], {})
-        shown = {key: first[key] for key in ("question", "expected", "domain")}
+        shown = {key: first[key] for key in ("question", "expected", "domain")} | {"unit": first.get("unit", "")}
         family.setdefault(pattern, shown | {"rows": rows})
     return {
         family: [found[pattern] for pattern in sorted(found, key=lambda p: (-sum(p), p))][:most]
@@ -184,34 +251,45 @@ def outs(lock: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def excerpt(text: str, limit: int = TEXT_LIMIT) -> str:
-    """The text, cut with a note of how much is left out."""
-    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
+def packages(requirements: Path) -> dict[str, str]:
+    """Package to version, of PACKAGES."""
+    pinned = (
+        line.split(" ")[0].strip().partition("==") for line in requirements.read_text(encoding="utf-8").splitlines()
+    )
+    versions = {name: version for name, _, version in pinned}
+    return {name: versions[name] for name in PACKAGES if name in versions}
 
 
-def _charts(reports: Path, summary: Mapping[str, Any], final: str) -> dict[str, Any]:
+def _charts(reports: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     rows = [
         {
             "name": name,
-            "kind": _kind(name, final),
-            "value": model["accuracy"],
-            "interval": model["interval"],
-            "bytes": model["bytes"],
+            "kind": _kind(name, summary),
+            "value": row["accuracy"],
+            "interval": row["interval"],
+            "bytes": row["bytes"],
+        }
+        for name, row in measured(summary).items()
+    ]
+    retained = [
+        {
+            "name": name,
+            "kind": _kind(name, summary),
+            "value": model["retention"],
+            "interval": model["retention_interval"],
         }
         for name, model in summary.items()
     ]
-    retained = [
-        row | {"value": model["retention"], "interval": model["retention_interval"]}
-        for row, model in zip(rows, summary.values(), strict=True)
-    ]
+    guesses = chance(summary)
     families = {
         family: charts.bars(
             [
-                row | {key if key != "accuracy" else "value": counts[key] for key in ("accuracy", "interval")}
-                for row, model in zip(rows, summary.values(), strict=True)
-                for counts in [model["families"][family]]
+                row
+                | {"value": other["families"][family]["accuracy"], "interval": other["families"][family]["interval"]}
+                for row, other in zip(rows, measured(summary).values(), strict=True)
             ],
             f"Accuracy on {family}",
+            reference=guesses["families"][family] or None if guesses else None,
         )
         for family in summary[TEACHER]["families"]
     }
@@ -230,8 +308,11 @@ def _curves(reports: Path) -> dict[str, Path]:
     return {stage: path for stage, path in paths.items() if path.exists()}
 
 
-def _kind(name: str, final: str) -> str:
-    return "teacher" if name == TEACHER else "final" if name == final else "other"
+def _kind(name: str, summary: Mapping[str, Any]) -> str:
+    """The class that colours a row."""
+    if name not in summary:
+        return "lenient"
+    return "teacher" if name == TEACHER else "final" if name == list(summary)[-1] else "other"
 
 
 def _problems(summary: Mapping[str, Any]) -> int:

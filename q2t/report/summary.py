@@ -1,14 +1,17 @@
 """reports/summary.json: the headline figures of every model, and the README's table made from them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from q2t.evaluation.retention import retention, retention_interval, wilson_interval
 from q2t.report import NOTHING, millions, percent, publish, size, span
 
 TEACHER = "teacher"
+LENIENT = "3 examples"
+"""How a lenient measurement is named: by the worked examples that the model sees first."""
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -16,7 +19,8 @@ def build(reports: Path, models: Iterable[str], *, resamples: int, confidence: f
     """Write and return reports/summary.json: models in the given order, sorted keys within.
 
     Reads metrics/evaluate_MODEL.json and answers/MODEL.jsonl under `reports`. Retention is paired over the
-    target problems, so every model has to have answered the same ones.
+    target problems, so every model has to have answered the same ones. A model that was measured leniently too has
+    `lenient` (accuracy, interval, families) and `chance`, the accuracy of blind guesses (accuracy, families).
 
     Raises:
         ValueError: no model is the teacher, or a model answered other problems than the teacher.
@@ -41,18 +45,29 @@ def build(reports: Path, models: Iterable[str], *, resamples: int, confidence: f
         entry["retention_interval"] = retention_interval(
             kept, known, resamples=resamples, confidence=confidence, seed=seed
         )
-        entry["families"] = {
-            family: {
-                "accuracy": counts["correct"] / counts["total"],
-                "correct": counts["correct"],
-                "interval": wilson_interval(counts["correct"], counts["total"], confidence),
-                "total": counts["total"],
-            }
-            for family, counts in sorted(metrics["families"].items())
-        }
+        entry["families"] = _families(metrics["families"], confidence)
+        if "lenient" in metrics:
+            entry["chance"] = {"accuracy": fmean(metrics["chance"].values()), "families": metrics["chance"]}
+            lenient = {key: metrics["lenient"][key] for key in ("accuracy", "interval")}
+            entry["lenient"] = lenient | {"families": _families(metrics["lenient"]["families"], confidence)}
         summary[name] = dict(sorted(entry.items()))
     publish(reports / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
+
+
+def measured(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Everything with an accuracy: the models and, behind its model, each lenient measurement of one."""
+    rows: dict[str, Mapping[str, Any]] = {}
+    for name, model in summary.items():
+        rows[name] = model
+        if "lenient" in model:
+            rows[f"{name}, {LENIENT}"] = model["lenient"] | {key: model[key] for key in ("bytes", "parameters")}
+    return rows
+
+
+def chance(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The accuracy of blind guesses; None if no model was measured leniently. It is the same for all models."""
+    return next((model["chance"] for model in summary.values() if "chance" in model), None)
 
 
 def load(reports: Path) -> dict[str, Any]:
@@ -70,16 +85,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def markdown_table(summary: dict[str, Any]) -> str:
     """The models as a Markdown table."""
     lines = ["| Model | Accuracy | Retention | Parameters | Size |", "|:--|--:|--:|--:|--:|"]
-    for name, model in summary.items():
-        kept = f"{percent(model['retention'])} ({span(model['retention_interval'])})"
+    for name, model in measured(summary).items():
+        kept = "" if name == TEACHER else _estimate(model.get("retention"), model.get("retention_interval"))
         cells = [
             name,
-            f"{percent(model['accuracy'])} ({span(model['interval'])})",
-            NOTHING if name == TEACHER or model["retention"] is None else kept,
-            millions(model["parameters"]),
-            size(model["bytes"]),
+            _estimate(model["accuracy"], model["interval"]),
+            kept or NOTHING,
+            millions(model.get("parameters")),
+            size(model.get("bytes")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    guesses = chance(summary)
+    if guesses:
+        lines.append(f"| chance | {percent(guesses['accuracy'])} | {NOTHING} | {NOTHING} | {NOTHING} |")
     return "\n".join(lines)
 
 
@@ -96,6 +114,26 @@ def update_readme(readme: Path, summary: dict[str, Any], commit: str) -> None:
     _, after = rest.split(END)
     table = f"{markdown_table(summary)}\n\nMeasured at commit `{commit}`."
     publish(readme, f"{before}{BEGIN}\n{table}\n{END}{after}")
+
+
+def _estimate(value: float | None, interval: Sequence[float] | None) -> str:
+    """A share with its interval in brackets, where it has one; "" for none."""
+    if value is None:
+        return ""
+    return f"{percent(value)} ({span(interval)})" if interval else percent(value)
+
+
+def _families(counted: Mapping[str, Mapping[str, int]], confidence: float) -> dict[str, dict[str, Any]]:
+    """Each family's counts with its accuracy and Wilson interval, by name."""
+    return {
+        family: {
+            "accuracy": counts["correct"] / counts["total"],
+            "correct": counts["correct"],
+            "interval": wilson_interval(counts["correct"], counts["total"], confidence),
+            "total": counts["total"],
+        }
+        for family, counts in sorted(counted.items())
+    }
 
 
 def _verdicts(answers: Path) -> dict[tuple[str, str], bool]:

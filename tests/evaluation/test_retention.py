@@ -29,23 +29,34 @@ def test_families_weigh_the_same_whatever_their_size() -> None:
 def test_identical_answers_are_kept_exactly(correct: dict[str, list[bool]]) -> None:
     if any(map(any, correct.values())):
         assert retention(correct, correct) == 1.0
-        assert retention_interval(correct, correct, **BOOTSTRAP) in [(1.0, 1.0), None]
+        assert retention_interval(correct, correct, **BOOTSTRAP) == (1.0, 1.0)
     else:
         assert retention(correct, correct) is None
         assert retention_interval(correct, correct, **BOOTSTRAP) is None
 
 
 @given(answers)
-def test_accuracy_interval_is_ordered_and_grows_with_confidence(correct: dict[str, list[bool]]) -> None:
-    low, high = accuracy_interval(correct, **BOOTSTRAP)
-    wide_low, wide_high = accuracy_interval(correct, **BOOTSTRAP | {"confidence": 0.99})
-    assert 0 <= wide_low <= low <= high <= wide_high <= 1
+def test_accuracy_interval_holds_the_accuracy_has_width_and_grows_with_confidence(
+    correct: dict[str, list[bool]],
+) -> None:
+    low, high = accuracy_interval(correct, 0.95)
+    wide_low, wide_high = accuracy_interval(correct, 0.99)
+    assert 0 <= wide_low <= low < high <= wide_high <= 1
+    assert low - 1e-12 <= macro_accuracy(correct) <= high + 1e-12
+
+
+@given(answers)
+def test_accuracy_interval_mirrors(correct: dict[str, list[bool]]) -> None:
+    low, high = accuracy_interval(correct, 0.9)
+    mirrored = accuracy_interval({family: [not c for c in cs] for family, cs in correct.items()}, 0.9)
+    assert mirrored == pytest.approx((1 - high, 1 - low))
 
 
 @given(answers)
 def test_order_of_families_changes_nothing(correct: dict[str, list[bool]]) -> None:
     backwards = dict(reversed(correct.items()))
-    assert accuracy_interval(correct, **BOOTSTRAP) == accuracy_interval(backwards, **BOOTSTRAP)
+    assert accuracy_interval(correct, 0.95) == accuracy_interval(backwards, 0.95)
+    assert retention_interval(correct, correct, **BOOTSTRAP) == retention_interval(backwards, backwards, **BOOTSTRAP)
 
 
 @settings(max_examples=30)
@@ -70,20 +81,47 @@ def test_pairing_narrows_the_interval() -> None:
     assert width(same) < width(other) / 3
 
 
-def test_bootstrap_agrees_with_the_normal_approximation() -> None:
-    correct = {"led": [i < 200 for i in range(400)]}
-    half = 1.96 * (0.25 / 400) ** 0.5
-    interval = accuracy_interval(correct, resamples=4000, confidence=0.95, seed=1)
-    assert interval == pytest.approx((0.5 - half, 0.5 + half), abs=0.005)
+def test_nothing_right_is_no_certainty() -> None:
+    nothing = {f"f{number}": [False] * 30 for number in range(10)}
+    low, high = accuracy_interval(nothing, 0.95)
+    assert low == 0 and 3 / 300 < high < 5 / 300  # the rule of three: 3 / n
+    teacher = {family: [True] * 30 for family in nothing}
+    assert retention(nothing, teacher) == 0
+    assert retention_interval(nothing, teacher, **BOOTSTRAP) is None
 
 
-def test_intervals_cover_the_truth() -> None:
+def test_one_family_has_the_interval_of_agresti_and_coull() -> None:
+    # Brown, Cai and DasGupta, Statistical Science 16, 2001, formula 5: n~ = n + z^2, p~ = (x + z^2 / 2) / n~.
+    centre, half = (81 + 1.9207) / 266.8415, 1.95996 * (0.31075 * 0.68925 / 266.8415) ** 0.5
+    assert accuracy_interval({"led": [n < 81 for n in range(263)]}, 0.95) == pytest.approx(
+        (centre - half, centre + half), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("truths", "least"),
+    [([0.005] * 10, 0.95), ([0.02] * 10, 0.93), ([0.5] * 10, 0.93), ([0.05, 0.3, 0.5, 0.7, 0.95] * 2, 0.93)],
+)
+def test_intervals_cover_the_truth(truths: list[float], least: float) -> None:
+    random = np.random.default_rng(0)
+    covered = 0
+    for _ in range(500):
+        correct = {f"f{number}": (random.random(30) < p).tolist() for number, p in enumerate(truths)}
+        low, high = accuracy_interval(correct, 0.95)
+        covered += low <= np.mean(truths) <= high
+    assert least <= covered / 500 < 1
+
+
+def test_retention_intervals_cover_the_truth() -> None:
     random = np.random.default_rng(0)
     covered = 0
     for seed in range(200):
-        correct = {"led": (random.random(60) < 0.6).tolist(), "gain": (random.random(60) < 0.4).tolist()}
-        low, high = accuracy_interval(correct, resamples=400, confidence=0.9, seed=seed)
-        covered += low <= 0.5 <= high
+        known = random.random((2, 60)) < 0.8
+        kept = known & (random.random((2, 60)) < 0.75)
+        model, teacher = ({"led": rows[0].tolist(), "gain": rows[1].tolist()} for rows in (kept, known))
+        interval = retention_interval(model, teacher, resamples=400, confidence=0.9, seed=seed)
+        assert interval is not None
+        covered += interval[0] <= 0.75 <= interval[1]
     assert 165 <= covered <= 195  # 180 expected
 
 

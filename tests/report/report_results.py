@@ -18,6 +18,8 @@ EVIL = '</pre><script>alert("x")</script>'
 class Results:
     reports: Path
     rejected: Path
+    examples: Path
+    requirements: Path
     params: dict[str, Any]
     lock: dict[str, Any]
 
@@ -27,12 +29,17 @@ def make_results(root: Path) -> Results:
     for name in MODELS:
         _answers(reports, name)
     metrics = {
-        "pose": {"divider": 400, "gain": 400, "led": 400, "mosfet": 400, "rc_filter": 400, "general": 500},
-        "generate_expert": {"rows": 4000, "truncated": 31, "tokens": 412345},
-        "generate_base": {"rows": 500, "truncated": 60, "tokens": 81234},
+        "pose": {"lessons": 1200, "questions": 600, "dev": 50, "test": 100, "general": 500, "parts": 1485},
+        "generate_expert": {"answers": 4000, "truncated": 31, "tokens": 412345},
+        "generate_base": {"answers": 500, "truncated": 60, "tokens": 81234},
         "filter": {
             "kept": 2310,
-            "rejected": {"wrong_value": 1800, "malformed": 61, "duplicate": 329, "unused": 0},
+            "read": 4500,
+            "rejected": {"wrong": 1800, "malformed": 61, "duplicate": 329, "unused": 0},
+            "malformed": {"no_answer": 61},
+            "wrong": {"wrong_part": 300, "wrong_value": 1500},
+            "families": {family: {"read": 800, "kept": 362} for family in FAMILIES}
+            | {"general": {"read": 500, "kept": 500}},
         },
         "label": {"rows": 2310, "tokens": 330112, "mean_tail": 0.00123},
         "export": {"recovery": 0.981, "passed": True},
@@ -59,7 +66,9 @@ def make_results(root: Path) -> Results:
     _json(reports / "quality" / "examples.json", {"success": False, "results": checks})
     _json(reports / "quality" / "prompts.json", {"success": True, "results": checks[:1]})
     rejected = root / "data" / "filtered" / "rejected.jsonl"
-    reasons = {"wrong_value": "read 471, expected 470", "malformed": "two answer blocks", "duplicate": ""}
+    examples = root / "data" / "filtered" / "examples.jsonl"
+    _jsonl(examples, [{"teacher": "expert", "family": "led"}] * 3 + [{"teacher": "base", "family": "general"}])
+    reasons = {"wrong": "read 471, expected 470", "malformed": "two answer blocks", "duplicate": ""}
     _jsonl(
         rejected,
         [
@@ -79,15 +88,19 @@ def make_results(root: Path) -> Results:
         "seed": 7,
         "compute": {"threads": 2, "dtype": "bfloat16", "device": "cpu"},
         "sources": {
-            "base": {
+            "smollm": {
                 "hub": "HuggingFaceTB/SmolLM2-135M-Instruct@" + "0" * 40,
                 "path": None,
                 "license": "Apache-2.0",
             }
         },
         "capability": {"families": FAMILIES, "test": PROBLEMS},
-        "specialize": {"source": "base", "epochs": 2, "learning_rate": 0.0005},
-        "filter": {"target_share": 0.8, "max_tokens": 256, "keep_incorrect": False},
+        "specialize": {"source": "smollm", "epochs": 2, "learning_rate": 0.0005},
+        "teachers": {
+            "expert": {"model": "models/teacher"},
+            "base": {"model": "models/sources/smollm"},
+        },
+        "filter": {"teachers": ["expert", "base"], "target_share": 0.8, "max_tokens": 256, "keep_incorrect": False},
         "distill": {"alpha": 0.7, "temperature": 2.0, "learning_rate": 0.0004},
         "evaluate": {
             "models": {name: f"models/{name}" for name in MODELS},
@@ -100,18 +113,31 @@ def make_results(root: Path) -> Results:
     paths = {
         "pose": "data/prompts",
         "distill": "models/student",
-        "fetch@base": "models/sources/base",
+        "fetch@smollm": "models/sources/smollm",
+        "generate@expert": "data/generations/expert.jsonl",
+        "filter": "data/filtered",
         "report": "reports/index.html",
     }
+    reads = {
+        "generate@expert": ["data/prompts/questions.jsonl", "q2t/records.py"],
+        "filter": ["data/generations", "data/prompts"],
+        "report": ["data/filtered/rejected.jsonl"],
+    }
     stages = {
-        name: {"outs": [{"path": path, "md5": f"{number:032x}", "size": 10**7 * number + 1}]}
+        name: {
+            "deps": [{"path": dep, "md5": "0"} for dep in reads.get(name, [])],
+            "outs": [{"path": path, "md5": f"{number:032x}", "size": 10**7 * number + 1}],
+        }
         for number, (name, path) in enumerate(paths.items())
     }
-    return Results(reports, rejected, params, {"schema": "2.0", "stages": stages})
+    requirements = root / "requirements.lock"
+    requirements.write_text("# Exact.\nnumpy==2.4.6\ntorch==2.13.0\nzipp==3.1\n", encoding="utf-8")
+    return Results(reports, rejected, examples, requirements, params, {"schema": "2.0", "stages": stages})
 
 
 def _answers(reports: Path, name: str) -> None:
     rows, families = [], {}
+    free = {"text": f"Sure! {EVIL}", "correct": False, "rule": "no_quantity", "measured": None}
     for shift, family in enumerate(FAMILIES):
         right = max(0, RIGHT[name] - 2 * shift)
         families[family] = {"correct": right, "total": PROBLEMS}
@@ -128,6 +154,8 @@ def _answers(reports: Path, name: str) -> None:
                     "rule": "ok" if correct else "wrong_value",
                     "expected": 470,
                     "measured": 470 if correct else 460,
+                    "unit": "ohm",
+                    "lenient": free if name == "base" else None,
                 }
             )
     rows.append(
@@ -141,13 +169,22 @@ def _answers(reports: Path, name: str) -> None:
             "rule": "undecided",
             "expected": None,
             "measured": None,
+            "unit": "",
+            "lenient": None,
         }
     )
     _jsonl(reports / "answers" / f"{name}.jsonl", rows)
     accuracy = sum(c["correct"] for c in families.values()) / (PROBLEMS * len(families))
+    lenient = {
+        "accuracy": 0.1,
+        "interval": [0.05, 0.18],
+        "families": {family: {"correct": 2, "total": PROBLEMS} for family in FAMILIES},
+    }
+    chance = {family: 1 / 3 if family == "mosfet" else 0.0 for family in FAMILIES}
     _json(
         reports / "metrics" / f"evaluate_{name}.json",
-        {
+        ({"lenient": lenient, "chance": chance} if name == "base" else {})
+        | {
             "model": name,
             "families": families,
             "accuracy": accuracy,

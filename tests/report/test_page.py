@@ -1,12 +1,13 @@
 """The page: self-contained, safe, deterministic, complete."""
 
 import copy
+import json
 from html.parser import HTMLParser
 
 import pytest
 from report_results import EVIL, MODELS, Results
 
-from q2t.report import page, summary
+from q2t.report import excerpt, page, summary
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def html(results: Results) -> str:
 
 def _render(results: Results) -> str:
     summary.build(results.reports, MODELS, resamples=100, confidence=0.95, seed=7)
-    return page.render(results.reports, results.rejected, results.params, results.lock)
+    return page.render(results.reports, results.rejected, results.params, results.lock, results.requirements)
 
 
 class Structure(HTMLParser):
@@ -52,14 +53,16 @@ def test_well_formed_and_self_contained(html: str) -> None:
     assert structure.open == []
     assert structure.tags.isdisjoint({"script", "iframe", "img", "object", "form"})
     assert all(address == "data:," or address[1:] in structure.ids for address in structure.addresses)
-    assert len(structure.addresses) == 10
+    assert len(structure.addresses) == 11
     assert "@import" not in html and "url(" not in html
 
 
 def test_model_output_is_escaped(html: str) -> None:
     assert EVIL not in html and "<script" not in html
-    # one example for each of three reasons, and three models' answers to the general prompt
-    assert html.count("&lt;/pre&gt;&lt;script&gt;alert(&#34;x&#34;)") == 6
+    # one example for each of three reasons, three models' answers to the general prompt, and the base model's
+    # answers after worked examples
+    shown = html.count("base, 3 examples <span")
+    assert shown > 3 and html.count("&lt;/pre&gt;&lt;script&gt;alert(&#34;x&#34;)") == 6 + shown
 
 
 def test_bytes_repeat_whatever_the_order_of_the_lock(results: Results, html: str) -> None:
@@ -79,8 +82,15 @@ def test_every_section_has_its_figures(html: str) -> None:
     for text in (
         "int8 reaches 40.0% accuracy on 100 unseen problems, its teacher 65.0%",
         "61.5% retained, at 64 MB instead of 269 MB (24%).",
+        "Not trained at all: base with 3 examples 10.0%; blind guesses 6.7%.",
+        "Expected: 470 ohm.",
+        "✗ wrong value: 460 ohm",
+        "(wrong value 1,500, wrong part 300)",
+        "2,310 of 4,500 rows kept",
+        "3 expectations of 2 tables, 1 not met",
+        '<dt>torch</dt><dd class="mono">2.13.0</dd>',
         "2,310 of 4,500 answers were kept",
-        "led: read 471, expected 470",
+        "led, expert: read 471, expected 470",
         "412,345",
         "column mean to be between",
         "✗ 1 of 2 failed",
@@ -99,9 +109,40 @@ def test_answers_show_every_pattern_of_right_and_wrong(results: Results) -> None
 
 def test_rejections_are_ordered_and_shared(results: Results) -> None:
     rows = page.rejections(results.reports, results.rejected)["rows"]
-    assert [row["reason"] for row in rows] == ["wrong_value", "duplicate", "malformed"]
+    assert [row["reason"] for row in rows] == ["wrong", "duplicate", "malformed"]
     assert rows[0]["share"] == 0.4
-    assert rows[0]["example"]["id"] == "c0"
+    assert [example["id"] for example in rows[0]["examples"]] == ["c0"]
+    assert rows[0]["details"] == [("wrong_value", 1500), ("wrong_part", 300)]
+
+
+def test_few_examples_of_different_families(results: Results) -> None:
+    (first, *_) = summary.read_rows(results.rejected)
+    rows = [
+        first | {"id": f"{n}", "family": family} for n, family in enumerate(["led", "led", "gain", "rc", "divider"])
+    ]
+    results.rejected.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = page.rejections(results.reports, results.rejected)["rows"][0]["examples"]
+    assert [row["family"] for row in shown] == ["led", "gain", "rc"]
+
+
+def test_graph_follows_the_files(results: Results) -> None:
+    summary.build(results.reports, MODELS, resamples=100, confidence=0.95, seed=7)
+    nodes, edges = page.graph(results.reports, summary.load(results.reports), results.lock)
+    assert edges == {("pose", "generate"), ("pose", "filter"), ("generate", "filter")}
+    texts = {node["name"]: node["text"] for node in nodes}
+    assert list(texts) == list(page.STAGES)
+    assert (
+        texts["pose"] == "2,450 problems" and texts["generate"] == "4,500 answers" and texts["distill"] == "160 steps"
+    )
+
+
+def test_a_run_without_a_lenient_measurement_says_nothing_of_it(results: Results) -> None:
+    path = results.reports / "metrics" / "evaluate_base.json"
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("lenient", "chance")})
+    )
+    html = _render(results)
+    assert "hance" not in html and "guesses" not in html
 
 
 def test_failed_checks_come_first(results: Results) -> None:
@@ -124,5 +165,5 @@ def test_a_run_without_optional_parts(results: Results) -> None:
 
 
 def test_excerpt_says_what_is_left_out() -> None:
-    assert page.excerpt("x" * 20, 8) == "xxxxxxxx … (12 more characters)"
-    assert page.excerpt("short", 8) == "short"
+    assert excerpt("x" * 20, 8) == "xxxxxxxx … (12 more characters)"
+    assert excerpt("short", 8) == "short"

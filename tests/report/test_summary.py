@@ -18,7 +18,7 @@ def test_figures_and_order(results: Results) -> None:
     assert list(built) == list(summary.load(results.reports)) == MODELS
     assert built["teacher"]["retention"] == 1
     assert built["teacher"]["retention_interval"] == (1, 1)
-    assert built["untrained"]["retention"] == 0
+    assert built["untrained"]["retention"] == 0 and built["untrained"]["retention_interval"] is None
     assert built["student"]["accuracy"] == 0.55
     assert built["student"]["retention"] == pytest.approx(0.55 / 0.65)
     low, high = built["student"]["retention_interval"]
@@ -26,6 +26,23 @@ def test_figures_and_order(results: Results) -> None:
     led = built["student"]["families"]["led"]
     assert (led["correct"], led["total"], led["accuracy"]) == (11, 20, 0.55)
     assert led["interval"][0] < 0.55 < led["interval"][1]
+
+
+def test_the_lenient_base_and_chance(results: Results) -> None:
+    built = summary.build(results.reports, MODELS, **BOOTSTRAP)
+    base = built["base"]
+    assert base["chance"]["accuracy"] == pytest.approx(1 / 15) and base["chance"]["families"]["mosfet"] == 1 / 3
+    assert base["lenient"]["families"]["led"]["interval"][0] < 0.1 < base["lenient"]["families"]["led"]["interval"][1]
+    assert all("lenient" not in built[name] and "chance" not in built[name] for name in MODELS[1:])
+    assert list(summary.measured(built))[:3] == ["base", "base, 3 examples", "teacher"]
+    table = summary.markdown_table(built).splitlines()
+    assert table[2].startswith("| base | 1.0% (0.0–10.0%) | 1.5% (0.0–")
+    assert table[3:4] + table[-1:] == [
+        "| base, 3 examples | 10.0% (5.0–18.0%) | – | 134.5M | 269 MB |",
+        "| chance | 6.7% | – | – | – |",
+    ]
+    assert "| untrained | 0.0% (0.0–9.0%) | 0.0% | 80.0M | 160 MB |" in table
+    assert "| teacher | 65.0% (56.0–74.0%) | – | 134.5M | 269 MB |" in table
 
 
 def test_answers_are_paired_by_problem_not_by_line(results: Results) -> None:

@@ -43,11 +43,11 @@ class RcFilter(Calculated):
     def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
         (rm, re), (fm, fe) = scientific(inputs["r"]), scientific(inputs["f"])
         product, quotient = reciprocal(rm, fm)
-        exponent = re + fe + 3
+        both = re + fe
         return (
             f"R={plain(rm)}e{re}; f={plain(fm)}e{fe}; {plain(rm)}*{plain(fm)}={plain(product)}; "
-            f"159/{plain(product)}={plain(quotient)}; {re}+{fe}+3={exponent}",
-            f"{plain(quotient)}e-{exponent} F",
+            f"159/{plain(product)}={plain(quotient)}; {re}+{fe}={both}; {both}+3={both + 3}",
+            f"{plain(quotient)}e-{both + 3} F",
         )
 
 
@@ -78,11 +78,11 @@ class Reactance(Calculated):
     def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
         (cm, ce), (fm, fe) = scientific(inputs["c"]), scientific(inputs["f"])
         product, quotient = reciprocal(cm, fm)
-        exponent = -ce - fe - 3
+        both = -ce - fe
         return (
             f"C={plain(cm)}e{ce}; f={plain(fm)}e{fe}; {plain(cm)}*{plain(fm)}={plain(product)}; "
-            f"159/{plain(product)}={plain(quotient)}; {-ce}-{fe}-3={exponent}",
-            f"{plain(quotient)}e{exponent} ohm",
+            f"159/{plain(product)}={plain(quotient)}; {-ce}-{fe}={both}; {both}-3={both - 3}",
+            f"{plain(quotient)}e{both - 3} ohm",
         )
 
 
