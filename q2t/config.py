@@ -162,6 +162,12 @@ class Evaluate(Section):
     confidence: float = Field(gt=0, lt=1)
     resamples: int = Field(gt=0)
 
+    @model_validator(mode="after")
+    def _lenient_are_models(self) -> "Evaluate":
+        if unknown := [name for name in self.lenient if name not in self.models]:
+            raise ValueError(f"lenient names {unknown}, which are not among the models: {', '.join(self.models)}")
+        return self
+
 
 class Tracking(Section):
     """Not tracked by any stage: where a result is shown can't change it."""

@@ -13,7 +13,6 @@ A stage that two pipelines share is one run, the child of the first, and both na
 """
 
 import csv
-import fcntl
 import json
 import logging
 import math
@@ -26,6 +25,8 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from q2t.evaluation.cost import peak_memory_mb
 from q2t.lockfile import PARAMS, SUMMARY, Entry, digest, entry_before, inputs_key, read_result, read_yaml
@@ -72,12 +73,12 @@ def init_store(root: Path = Path(".")) -> Store:
         logging.getLogger(noisy).setLevel(level)  # urllib3 warns of every retry
     settings = read_yaml((root / PARAMS).read_text(encoding="utf-8"))["tracking"]
     uri, name, artifacts = settings["uri"], settings["experiment"], None
-    lock: AbstractContextManager[None] = nullcontext()
+    lock: AbstractContextManager[Any] = nullcontext()
     if uri.startswith("sqlite:///"):
         database = Path(os.environ.get("DVC_ROOT", root)).resolve() / uri.removeprefix("sqlite:///")
         database.parent.mkdir(parents=True, exist_ok=True)
         uri, artifacts = f"sqlite:///{database}", (database.parent / "artifacts").as_uri()
-        lock = _alone(database.with_suffix(".lock"))  # two that migrate a fresh database crash each other
+        lock = FileLock(database.with_suffix(".lock"))  # two that migrate a fresh database crash each other
     try:
         with lock:
             client = mlflow.MlflowClient(tracking_uri=uri)
@@ -131,7 +132,8 @@ class StageRun:
 def stage_run(stage: str, root: Path = Path(".")) -> Iterator[StageRun]:
     """A live run around the body of a stage, with the parameters and data that DVC hands it.
 
-    At the end it says what the stage cost: the metrics `seconds`, and `peak_memory_mb` of the whole process.
+    At the end it says what the stage cost: the metrics `seconds`, of this process alone where a stage was interrupted
+    and went on, and `peak_memory_mb`.
     A failure of tracking is a warning and never costs a result; an exception of the body passes through.
     """
     run = StageRun()
@@ -245,7 +247,7 @@ def _live(store: Store, inputs: str) -> str | None:
 
 
 def _title(key: str, summary: dict[str, Any]) -> str:
-    """The smallest model's accuracy and the result's key: MLflow's list of runs shows no metric unless told to."""
+    """The last model's accuracy and the result's key: MLflow's list of runs shows no metric unless told to."""
     from q2t.report import percent
 
     name, figures = list(summary.items())[-1]
@@ -253,7 +255,7 @@ def _title(key: str, summary: dict[str, Any]) -> str:
 
 
 def _log_summary(store: Store, run_id: str, summary: dict[str, Any]) -> None:
-    """The headline figures as metrics, and as the table that the run's page opens with, the smallest model first."""
+    """The headline figures as metrics, and as the table that the run's page opens with, the last model first."""
     from q2t.report.summary import markdown_table
 
     models = dict(reversed(summary.items()))
@@ -318,13 +320,6 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _name(text: str) -> str:
     """A name that MLflow takes: evaluate@student becomes evaluate:student."""
     return re.sub(r"[^\w\-. :/]", ":", text)
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

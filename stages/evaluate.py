@@ -36,7 +36,7 @@ def main() -> None:
             lessons = read_jsonl(Path("data/prompts/lessons.jsonl"), Problem)
             prompts = lenient.prompts(model.tokenizer, test, lessons)
             found = harness.answer(model, test, params.evaluate, prompts, lenient.judge)
-            judged[: len(test)] = [strict.beside(free) for strict, free in zip(judged, found, strict=False)]
+            judged[: len(test)] = [strict.beside(free) for strict, free in zip(judged[: len(test)], found, strict=True)]
             metrics["lenient"] = harness.score(found, params.evaluate)
             metrics["chance"] = lenient.chance(test)
         write_jsonl(Path(f"reports/answers/{name}.jsonl"), judged)

@@ -28,6 +28,7 @@ def changed(tmp_path, change):
         (lambda p: p["distill"].update(alpha=1.5), "'alpha' in distill: .*less than or equal to 1"),
         (lambda p: p["compute"].update(dtype="int3"), "'dtype' in compute"),
         (lambda p: p["compute"].update(threads=True), "'threads' in compute"),
+        (lambda p: p["evaluate"].update(lenient=["bsae"]), r"lenient names \['bsae'\].*among the models: base, "),
     ],
 )  # fmt: skip
 def test_a_wrong_key_is_explained(tmp_path, change, message):

@@ -53,7 +53,7 @@ def bars(rows: Sequence[Mapping[str, Any]], title: str, reference: float | None 
     `rows`: name, value and interval (shares, or None), kind (the class that colours it). The axis starts at
     0 and ends at 1, or at the highest whisker if that is higher. `reference` is a dashed line.
     """
-    left, right, top, step = 114, 54, 4, 21
+    left, right, top, step = 12 + 6.6 * max(len(row["name"]) for row in rows), 54, 4, 21
     high = max([1.0] + [row["interval"][1] for row in rows if row["interval"]])
     x = _linear(0, high, left, WIDTH - right)
     height = top + step * len(rows) + 20
@@ -70,7 +70,7 @@ def bars(rows: Sequence[Mapping[str, Any]], title: str, reference: float | None 
         if row["value"] is not None:
             parts.append(
                 Markup('<rect class="bar {}" x="{}" y="{}" width="{}" height="12"/>').format(
-                    row["kind"], left, _n(y - 6), _n(x(row["value"]) - left)
+                    row["kind"], _n(left), _n(y - 6), _n(x(row["value"]) - left)
                 )
             )
         if row["interval"]:
@@ -196,7 +196,7 @@ def _bins(points: Sequence[Point], bins: int) -> list[tuple[float, float, float,
 
 
 def _label_spot(at: Point, name: str, taken: list[Box], frame: Box) -> tuple[Point, str]:
-    """Where a point's label meets no other label or whisker; the box it gets is added to `taken`."""
+    """Where a point's label meets the fewest labels and whiskers, in the frame; its box is added to `taken`."""
     width = 7.2 * len(name)
     sides = ((9, "start"), (-9, "end"))
     spots = [(dx, dy, anchor) for dx, anchor in sides for dy in (4, -8, 16, -20, 28)]
@@ -204,8 +204,8 @@ def _label_spot(at: Point, name: str, taken: list[Box], frame: Box) -> tuple[Poi
     for dx, dy, anchor in spots:
         start = at[0] + dx - (width if anchor == "end" else 0)
         boxes.append((start, at[1] + dy - 11, start + width, at[1] + dy + 2))
-    free = (n for n, box in enumerate(boxes) if _inside(box, frame) and not any(_meet(box, b) for b in taken))
-    chosen = next(free, 0)
+    crossed = [(not _inside(box, frame), sum(_meet(box, other) for other in taken)) for box in boxes]
+    chosen = crossed.index(min(crossed))
     taken.append(boxes[chosen])
     dx, dy, anchor = spots[chosen]
     return (at[0] + dx, at[1] + dy), anchor

@@ -34,17 +34,18 @@ def render(reports: Path, examples: Path, params: Mapping[str, Any]) -> str:
     from huggingface_hub import DatasetCardData
 
     counts, posed = (_read(reports / "metrics" / f"{stage}.json") for stage in ("filter", "pose"))
-    rows = Counter((row["teacher"], row["family"]) for row in read_rows(examples))
+    rows = read_rows(examples)
+    by_teacher = Counter(row["teacher"] for row in rows)
     teachers = {
         name: {
             "model": params["teachers"][name]["model"],
             "license": license_of(params, params["teachers"][name]["model"]),
-            "rows": sum(count for (teacher, _), count in rows.items() if teacher == name),
+            "rows": by_teacher[name],
         }
         for name in params["filter"]["teachers"]
     }
     data = DatasetCardData(
-        pretty_name="q2t: verified answers to electronics problems",
+        pretty_name="q2t: answers to electronics problems",
         language=["en"],
         license=sorted({CATALOGUE_LICENSE, *(teacher["license"].lower() for teacher in teachers.values())}),
         annotations_creators=["machine-generated"],
@@ -62,6 +63,7 @@ def render(reports: Path, examples: Path, params: Mapping[str, Any]) -> str:
     return report.template("dataset.md.j2").render(
         front_matter=data.to_yaml(),
         counts=counts,
+        questions=len({row["problem_id"] for row in rows}),
         families=sorted(counts["families"].items(), key=lambda item: (item[0] == "general", item[0])),
         posed=posed,
         rejected=sorted(counts["rejected"].items(), key=lambda item: (-item[1], item[0])),

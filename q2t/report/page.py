@@ -17,7 +17,7 @@ STAGES = {
     "pose": "problems with checkable answers",
     "specialize": "the teacher learns worked solutions",
     "generate": "the teacher answers, several times",
-    "filter": "verified, deduplicated, mixed",
+    "filter": "judged, deduplicated, mixed",
     "initialize": "the student before learning",
     "label": "the teacher's top log-probabilities",
     "distill": "the student learns",
@@ -27,15 +27,19 @@ STAGES = {
 }
 REASONS = {
     "truncated": "stopped at the token limit",
-    "malformed": "not of the form <think>…</think><answer>…</answer>",
-    "wrong": "the verifier says no",
-    "degenerate": "empty, or repeats itself",
     "too_long": "more tokens than the student may learn",
-    "contaminated": "shares operands with a held-out problem",
-    "near_duplicate": "worded like a held-out problem",
-    "duplicate": "the same answer to the same question, once more",
-    "surplus": "right, but more than the mix has room for",
+    "empty": "a general answer without a letter or digit",
+    "special_tokens": "holds a mark of a chat template",
+    "leaked_tags": "a general answer with <think> or <answer> tags",
+    "malformed": "not of the form <think>…</think><answer>…</answer>",
+    "degenerate": "a general answer that repeats itself",
+    "wrong": "the verifier says no",
+    "contaminated": "answers a problem with a held-out one's operands, or a general prompt worded like a held-out one",
+    "near_duplicate": "answers a general prompt worded like an earlier training prompt",
+    "duplicate": "the same answer to the same problem, once more",
+    "surplus": "passed every rule, but more than the mix has room for",
 }
+"""q2t.curation.curate.Reason, in words."""
 EXAMPLES = 3
 """Rejected answers that are shown for each reason, and problems for each family."""
 PACKAGES = (
@@ -54,11 +58,13 @@ def render(
         reports: the folder with summary.json, metrics, answers, curves and quality.
         rejected: data/filtered/rejected.jsonl.
         params: params.yaml; `tracking` is not shown, since it can't change a result.
-        lock: dvc.lock; this page's own stage is not shown.
+        lock: dvc.lock; this page's own stage is not shown, nor what params.yaml no longer has.
         requirements: requirements.lock.
     """
     summary = load(reports)
     final = list(summary)[-1]
+    lock = {"stages": {name: entry for name, entry in lock["stages"].items() if is_current(name, params)}}
+    stages = pipeline(reports, summary, params)
     return report.template("page.html.j2").render(
         summary=summary,
         final=final,
@@ -69,11 +75,11 @@ def render(
         confidence=f"{100 * params['evaluate']['confidence']:g}%",
         headline=headline(summary),
         charts=_charts(reports, summary),
-        graph=charts.graph(*graph(reports, summary, lock), "Which stage reads what which stage wrote"),
-        pipeline=pipeline(reports, summary),
+        graph=charts.graph(*graph(stages, lock), "Which stage reads what which stage wrote"),
+        pipeline=stages,
         rejections=rejections(reports, rejected),
         answers=answers(reports, list(dict.fromkeys([next(iter(summary)), TEACHER, final]))),
-        quality=quality(reports),
+        quality=quality(reports, params),
         params={
             section: report.flatten(values if isinstance(values, Mapping) else {section: values})
             for section, values in params.items()
@@ -103,19 +109,33 @@ def headline(summary: Mapping[str, Any]) -> str:
     if guesses is None:
         return found
     free = [
-        f"{name.replace(', ', ' with ')} {report.percent(row['accuracy'])}"
-        for name, row in measured(summary).items()
-        if name not in summary
+        f"{name} with {LENIENT} {report.percent(row['lenient']['accuracy'])}"
+        for name, row in summary.items()
+        if "lenient" in row
     ]
-    return f"{found} Not trained at all: {', '.join(free)}; blind guesses {report.percent(guesses['accuracy'])}."
+    return (
+        f"{found} Without training on these families, {', '.join(free)}; "
+        f"blind guesses {report.percent(guesses['accuracy'])}."
+    )
 
 
-def graph(
-    reports: Path, summary: Mapping[str, Any], lock: Mapping[str, Any]
-) -> tuple[list[dict[str, str]], set[tuple[str, str]]]:
-    """The stages with the rows or steps that each came to, and which one reads what another wrote, from dvc.lock."""
+def is_current(stage: str, params: Mapping[str, Any]) -> bool:
+    """Whether the graph has the stage, such as "generate@expert".
+
+    What foreach made of an entry that was taken out of params.yaml stays in dvc.lock and on disk.
+    """
+    name, _, key = stage.partition("@")
+    keys = {"fetch": params["sources"], "generate": params["teachers"], "evaluate": params["evaluate"]["models"]}
+    return key in keys.get(name, ("",))
+
+
+def graph(stages: list[dict[str, Any]], lock: Mapping[str, Any]) -> tuple[list[dict[str, str]], set[tuple[str, str]]]:
+    """The stages with the rows or steps that each came to, and which one reads what another wrote, from dvc.lock.
+
+    `stages`: those of `pipeline`.
+    """
     texts = dict.fromkeys(STAGES, "")
-    for stage in pipeline(reports, summary):
+    for stage in stages:
         counts = [run["counts"] for run in stage["runs"]]
         match stage["name"]:
             case "fetch":
@@ -145,12 +165,12 @@ def graph(
     return nodes, {(a, b) for a, b in edges if a != b and a in STAGES and b in STAGES}
 
 
-def pipeline(reports: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def pipeline(reports: Path, summary: Mapping[str, Any], params: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The stages in the order of the data, each with the counts that its files hold."""
     counts: dict[str, list[dict[str, Any]]] = {stage: [] for stage in STAGES}
     for path in sorted((reports / "metrics").glob("*.json")):
         stage, _, item = path.stem.partition("_")
-        if stage in counts and stage != "evaluate":
+        if stage in counts and stage != "evaluate" and is_current(f"{stage}@{item}", params):
             values = _read(path)
             if stage == "filter":
                 values = values | {"rejected": sum(values["rejected"].values())}
@@ -178,7 +198,7 @@ def rejections(reports: Path, rejected: Path) -> dict[str, Any]:
     rows = [
         {
             "reason": reason,
-            "what": REASONS.get(reason, ""),
+            "what": REASONS[reason],
             "details": sorted(counts.get(reason, {}).items(), key=lambda item: (-item[1], item[0])),
             "count": count,
             "share": count / judged,
@@ -213,10 +233,12 @@ def answers(reports: Path, models: list[str], most: int = EXAMPLES) -> dict[str,
     }
 
 
-def quality(reports: Path) -> list[dict[str, Any]]:
+def quality(reports: Path, params: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What q2t.quality wrote, as rows: what was expected of which column, and what was found."""
     suites = []
     for path in sorted((reports / "quality").glob("*.json")):
+        if not is_current(path.stem.replace("generations_", "generate@"), params):
+            continue
         checks = []
         for result in _read(path)["results"]:
             found, limits = result["found"], result["limits"]

@@ -10,8 +10,8 @@ from q2t.evaluation.retention import retention, retention_interval, wilson_inter
 from q2t.report import NOTHING, millions, percent, publish, size, span
 
 TEACHER = "teacher"
-LENIENT = "3 examples"
-"""How a lenient measurement is named: by the worked examples that the model sees first."""
+LENIENT = "worked examples"
+"""How a lenient measurement is named: by what the model sees first."""
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 

@@ -67,7 +67,7 @@ def make_results(root: Path) -> Results:
     _json(reports / "quality" / "prompts.json", {"success": True, "results": checks[:1]})
     rejected = root / "data" / "filtered" / "rejected.jsonl"
     examples = root / "data" / "filtered" / "examples.jsonl"
-    _jsonl(examples, [{"teacher": "expert", "family": "led"}] * 3 + [{"teacher": "base", "family": "general"}])
+    _jsonl(examples, [{"teacher": "expert", "problem_id": "p1"}] * 3 + [{"teacher": "base", "problem_id": "g7"}])
     reasons = {"wrong": "read 471, expected 470", "malformed": "two answer blocks", "duplicate": ""}
     _jsonl(
         rejected,
@@ -133,6 +133,15 @@ def make_results(root: Path) -> Results:
     requirements = root / "requirements.lock"
     requirements.write_text("# Exact.\nnumpy==2.4.6\ntorch==2.13.0\nzipp==3.1\n", encoding="utf-8")
     return Results(reports, rejected, examples, requirements, params, {"schema": "2.0", "stages": stages})
+
+
+def forget_lenient(results: Results) -> None:
+    """As a run with an empty evaluate.lenient leaves it."""
+    path = results.reports / "metrics" / "evaluate_base.json"
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    _json(path, {key: value for key, value in metrics.items() if key not in ("lenient", "chance")})
+    answers = results.reports / "answers" / "base.jsonl"
+    _jsonl(answers, [json.loads(line) | {"lenient": None} for line in answers.read_text(encoding="utf-8").splitlines()])
 
 
 def _answers(reports: Path, name: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from report_results import MODELS, Results
+from report_results import MODELS, Results, forget_lenient
 
 from q2t.report import card, summary
 
@@ -37,6 +37,13 @@ def test_body_has_the_figures(results: Results) -> None:
 def test_an_unfiltered_run_does_not_claim_verified_answers(results: Results) -> None:
     results.params["filter"]["keep_incorrect"] = True
     assert "wrong ones among them" in _card(results).text
+
+
+def test_a_run_without_a_lenient_measurement_says_nothing_of_it(results: Results) -> None:
+    forget_lenient(results)
+    text = _card(results).text
+    assert "hance" not in text and "worked" not in text
+    assert "| gain | 0.0% | 75.0% | 0.0% | 65.0% | 55.0% | 55.0% | 50.0% |\n" in text
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,13 @@ def test_labels_of_neighbours_do_not_overlap() -> None:
     assert not any(charts._meet(a, b) for n, a in enumerate(taken) for b in taken[:n])
 
 
+def test_a_label_without_a_free_place_stays_in_the_frame() -> None:
+    frame = (0, 0, 360, 270)
+    taken: list[charts.Box] = [(150, 0, 200, 270)]  # in the way of every place on the left; the right has no room
+    charts._label_spot((280.0, 200.0), "base, worked examples", taken, frame)
+    assert charts._inside(taken[-1], frame)
+
+
 def test_curve_leaves_out_what_says_nothing(tmp_path: Path) -> None:
     path = tmp_path / "specialize.csv"
     path.write_text("step,loss,cross_entropy,kl\n1,2.5,2.5,\n2,nan,nan,\n3,1.5,1.5,\n")

@@ -25,6 +25,7 @@ def test_front_matter_is_read_back(results: Results) -> None:
 
 def test_body_has_the_figures(results: Results) -> None:
     text = _card(results).text
+    assert "2,310 answers to 2 questions" in text
     assert "| `examples.jsonl` | 2,310 |" in text and "| `rejected.jsonl` | 2,190 |" in text
     assert "| mosfet | 800 | 362 |" in text
     assert "| expert | `models/teacher` | 3 | Apache-2.0 |" in text
@@ -40,8 +41,14 @@ def test_columns_are_those_of_the_rows() -> None:
 
 def test_the_control_claims_no_verified_rows(results: Results) -> None:
     results.params["filter"]["keep_incorrect"] = True
-    text = _card(results).text
-    assert "not verified" in text and "deterministic verifier" not in text
+    content = _card(results).content
+    assert content.lower().count("verifi") == 1 and "its target rows are not verified" in content
+
+
+def test_general_rows_are_among_the_verified_ones_so_the_name_claims_nothing(results: Results) -> None:
+    made = _card(results)
+    assert "# Answers to electronics problems" in made.text and "Verified" not in made.content
+    assert dict(made.data.to_dict())["pretty_name"] == "q2t: answers to electronics problems"
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 import copy
 import json
 from html.parser import HTMLParser
+from typing import get_args
 
 import pytest
-from report_results import EVIL, MODELS, Results
+from report_results import EVIL, MODELS, Results, forget_lenient
 
+from q2t.curation import curate
 from q2t.report import excerpt, page, summary
 
 
@@ -61,7 +63,7 @@ def test_model_output_is_escaped(html: str) -> None:
     assert EVIL not in html and "<script" not in html
     # one example for each of three reasons, three models' answers to the general prompt, and the base model's
     # answers after worked examples
-    shown = html.count("base, 3 examples <span")
+    shown = html.count("base, worked examples <span")
     assert shown > 3 and html.count("&lt;/pre&gt;&lt;script&gt;alert(&#34;x&#34;)") == 6 + shown
 
 
@@ -82,7 +84,7 @@ def test_every_section_has_its_figures(html: str) -> None:
     for text in (
         "int8 reaches 40.0% accuracy on 100 unseen problems, its teacher 65.0%",
         "61.5% retained, at 64 MB instead of 269 MB (24%).",
-        "Not trained at all: base with 3 examples 10.0%; blind guesses 6.7%.",
+        "Without training on these families, base with worked examples 10.0%; blind guesses 6.7%.",
         "Expected: 470 ohm.",
         "✗ wrong value: 460 ohm",
         "(wrong value 1,500, wrong part 300)",
@@ -115,6 +117,10 @@ def test_rejections_are_ordered_and_shared(results: Results) -> None:
     assert rows[0]["details"] == [("wrong_value", 1500), ("wrong_part", 300)]
 
 
+def test_every_reason_is_explained() -> None:
+    assert set(page.REASONS) == set(get_args(curate.Reason))
+
+
 def test_few_examples_of_different_families(results: Results) -> None:
     (first, *_) = summary.read_rows(results.rejected)
     rows = [
@@ -127,7 +133,8 @@ def test_few_examples_of_different_families(results: Results) -> None:
 
 def test_graph_follows_the_files(results: Results) -> None:
     summary.build(results.reports, MODELS, resamples=100, confidence=0.95, seed=7)
-    nodes, edges = page.graph(results.reports, summary.load(results.reports), results.lock)
+    stages = page.pipeline(results.reports, summary.load(results.reports), results.params)
+    nodes, edges = page.graph(stages, results.lock)
     assert edges == {("pose", "generate"), ("pose", "filter"), ("generate", "filter")}
     texts = {node["name"]: node["text"] for node in nodes}
     assert list(texts) == list(page.STAGES)
@@ -136,17 +143,26 @@ def test_graph_follows_the_files(results: Results) -> None:
     )
 
 
+@pytest.mark.parametrize("stage", ["fetch@removed", "generate@removed", "evaluate@removed", "generate"])
+def test_what_params_no_longer_have_is_left_out(results: Results, html: str, stage: str) -> None:
+    lesson = {"path": "data/prompts/lessons.jsonl", "md5": "0"}
+    results.lock["stages"][stage] = {
+        "deps": [{"path": "models/student", "md5": "0"}, lesson],
+        "outs": [{"path": "models/removed", "md5": "f" * 32, "size": 9}],
+    }
+    (results.reports / "metrics" / "generate_removed.json").write_text('{"answers": 77777}')
+    (results.reports / "quality" / "generations_removed.json").write_text('{"results": []}')
+    assert _render(results) == html
+
+
 def test_a_run_without_a_lenient_measurement_says_nothing_of_it(results: Results) -> None:
-    path = results.reports / "metrics" / "evaluate_base.json"
-    path.write_text(
-        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("lenient", "chance")})
-    )
+    forget_lenient(results)
     html = _render(results)
-    assert "hance" not in html and "guesses" not in html
+    assert "hance" not in html and "guesses" not in html and "worked examples" not in html
 
 
 def test_failed_checks_come_first(results: Results) -> None:
-    examples, prompts = page.quality(results.reports)
+    examples, prompts = page.quality(results.reports, results.params)
     assert [check["passed"] for check in examples["checks"]] == [False, True]
     assert (examples["failed"], prompts["failed"]) == (1, 0)
     assert examples["checks"][0]["arguments"] == "max_value 200"

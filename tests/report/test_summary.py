@@ -34,11 +34,11 @@ def test_the_lenient_base_and_chance(results: Results) -> None:
     assert base["chance"]["accuracy"] == pytest.approx(1 / 15) and base["chance"]["families"]["mosfet"] == 1 / 3
     assert base["lenient"]["families"]["led"]["interval"][0] < 0.1 < base["lenient"]["families"]["led"]["interval"][1]
     assert all("lenient" not in built[name] and "chance" not in built[name] for name in MODELS[1:])
-    assert list(summary.measured(built))[:3] == ["base", "base, 3 examples", "teacher"]
+    assert list(summary.measured(built))[:3] == ["base", "base, worked examples", "teacher"]
     table = summary.markdown_table(built).splitlines()
     assert table[2].startswith("| base | 1.0% (0.0–10.0%) | 1.5% (0.0–")
     assert table[3:4] + table[-1:] == [
-        "| base, 3 examples | 10.0% (5.0–18.0%) | – | 134.5M | 269 MB |",
+        "| base, worked examples | 10.0% (5.0–18.0%) | – | 134.5M | 269 MB |",
         "| chance | 6.7% | – | – | – |",
     ]
     assert "| untrained | 0.0% (0.0–9.0%) | 0.0% | 80.0M | 160 MB |" in table
