@@ -11,10 +11,10 @@ export DO_NOT_TRACK := true
 export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
-.PHONY: help repro smoke test check mlflow readme
+.PHONY: help repro smoke test check ablations readme mlflow
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -44,10 +44,11 @@ check: $(INSTALLED) ## Lint, format check and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-readme: $(INSTALLED) ## Put the committed result into the README's table
-	@$(BIN)/python -c 'import json, subprocess; from pathlib import Path; from q2t.report.summary import update_readme; \
-	    commit = subprocess.check_output(["git", "log", "-1", "--format=%h"], text=True).strip(); \
-	    update_readme(Path("README.md"), json.loads(Path("reports/summary.json").read_text()), commit)'
+ablations: $(INSTALLED) ## Run the controls, and put what they come to into reports/ablations
+	$(BIN)/q2t ablate
+
+readme: $(INSTALLED) ## Put the committed results into the README's tables
+	$(BIN)/python -m q2t.readme
 
 mlflow: $(INSTALLED) ## Open the MLflow UI on 127.0.0.1:5000
 	@store=$$($(BIN)/python -c 'from q2t.tracking import init_store; print(init_store().client.tracking_uri)') && \

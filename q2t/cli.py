@@ -53,6 +53,13 @@ def knowledge(model: str, summary: Path = Path("reports/summary.json")) -> dict[
     return {"model": model, **known, "megabytes": size / 1e6 if size else None}
 
 
+def ablate(arguments: argparse.Namespace) -> None:
+    from q2t import ablation
+
+    ablation.run(arguments.name)
+    print(ablation.markdown_table())
+
+
 def ask(arguments: argparse.Namespace) -> None:
     if not arguments.model.is_dir():
         raise ValueError(f"there is no model in {arguments.model}: run `dvc repro` or `dvc pull {arguments.model}`")
@@ -93,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
         made = verbs.add_parser(run.__name__, help=help, description=help)
         made.set_defaults(run=run)
         return made
+
+    made = verb(ablate, "Run the controls of q2t/ablations.yaml as DVC experiments, and print what they come to.")
+    made.add_argument("name", nargs="*", metavar="NAME", help="(default: all)")
 
     made = verb(ask, "Ask a model, and print its answer as it comes.")
     made.add_argument("question")

@@ -100,7 +100,8 @@ class Specialize(Optimizer):
 class Teacher(Section):
     model: str
     """A model folder, or the folder of a pointer to an endpoint."""
-    prompts: Literal["questions", "general", "general_test"]
+    prompts: Literal["questions", "general", "general_test", "lessons"]
+    """Which prompts it answers; to lessons its answers are the worked solutions."""
     samples: int = Field(gt=0)
     temperature: float = Field(ge=0)
     """0 is greedy."""
@@ -135,6 +136,8 @@ class Label(Section):
 
 
 class Distill(Optimizer):
+    seed: int
+    """Of the rows' order; apart from the run's own, so that a spread over seeds trains again and nothing else."""
     alpha: float = Field(ge=0, le=1)
     """Weight of the distillation loss; the task loss has 1 - alpha."""
     temperature: float = Field(gt=0)

@@ -55,6 +55,19 @@ def read_result(root: Path, rev: str | None = None) -> Result:
     return Result(params, stages, _files(root, params, stages, read), commit)
 
 
+def read_files(root: Path, rev: str, paths: dict[str, str]) -> dict[str, str]:
+    """The text of files that git holds at a commit, tag, branch or DVC experiment; by the names given to their paths.
+
+    Raises:
+        ValueError: the revision is unknown or has no such file.
+    """
+    commit = _commit(root, rev)
+    if commit is None:
+        raise ValueError(f"unknown revision {rev!r}: give a commit, tag, branch or DVC experiment")
+    read = _reader(root, commit)
+    return {name: read(path) for name, path in paths.items()}
+
+
 def _git(root: Path, *arguments: str) -> str | None:
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True)
     return done.stdout.decode() if done.returncode == 0 else None

@@ -60,3 +60,23 @@ def checkpoints(stage: str) -> Iterator[Path]:
     shutil.rmtree(done, ignore_errors=True)
     os.replace(folder, done)
     shutil.rmtree(done)
+
+
+def published(out: str) -> Path | None:
+    """What dvc.lock's last run wrote as `out`, in DVC's cache; None if there was none or the cache hasn't it.
+
+    DVC deletes an out before the stage runs, so this is where the stage finds what it wrote before.
+    """
+    from dvc.repo import Repo
+
+    from q2t.lockfile import LOCK, read_yaml
+
+    lock = Path(LOCK)
+    stages = read_yaml(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}
+    for entry in stages.values():
+        for written in entry.get("outs", []):
+            if written["path"] == out:
+                with Repo(".") as repo:
+                    cached = Path(repo.cache.local.oid_to_path(written["md5"]))
+                return cached if cached.is_file() else None
+    return None

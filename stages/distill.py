@@ -16,13 +16,13 @@ CURVE = Path("reports/curves/distill.csv")
 
 def main() -> None:
     params = load()
-    seed_everything(params.seed, params.compute)
+    seed_everything(params.distill.seed, params.compute)
     with stage_run("distill") as tracked, checkpoints("distill") as folder:
         student = train(
             load_model(UNTRAINED),
             read(Path("data/soft_labels/labels.parquet")),
             params.distill,
-            seed=params.seed,
+            seed=params.distill.seed,
             compute=params.compute,
             checkpoints=folder,
             curve=CURVE,

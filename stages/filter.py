@@ -23,7 +23,11 @@ def main() -> None:
                 for name in settings.teachers
                 for row in read_jsonl(Path(f"data/generations/{name}.jsonl"), Completion)
             ],
-            read_jsonl(PROMPTS / "questions.jsonl", Problem) + read_jsonl(PROMPTS / "general.jsonl", Problem),
+            [
+                problem
+                for split in ("lessons", "questions", "general")
+                for problem in read_jsonl(PROMPTS / f"{split}.jsonl", Problem)
+            ],
             settings,
             verify,
             params.seed,

@@ -19,7 +19,7 @@ CURVE = Path("reports/curves/prune.csv")
 def main() -> None:
     params = load()
     settings = params.prune
-    seed_everything(params.seed, params.compute)
+    seed_everything(settings.seed, params.compute)
     with stage_run("prune") as tracked, checkpoints("prune") as folder:
         rows = read(Path("data/soft_labels/labels.parquet"))
         model = load_model(STUDENT)
@@ -30,7 +30,7 @@ def main() -> None:
             cut(model, settings.intermediate, importance),
             rows,
             settings,
-            seed=params.seed,
+            seed=settings.seed,
             compute=params.compute,
             checkpoints=folder,
             curve=CURVE,

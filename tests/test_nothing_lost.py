@@ -6,6 +6,7 @@ imports. They run as DVC runs them: the outs deleted first, DVC_ROOT and DVC_STA
 """
 
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -105,23 +106,18 @@ class Pipeline:
 
     def kept(self, stage: str) -> list[str]:
         """What a run that starts now would go on from: checkpoints, or answers."""
-        name, _, item = stage.partition("@")
-        work = self.folder / ".q2t" / name
-        journal = work / f"{item}.jsonl"
-        lines = journal.read_text().split("\n")[:-1] if journal.exists() else []
+        work = self.folder / ".q2t" / stage
+        lines = [line for journal in work.glob("*/answers.jsonl") for line in journal.read_text().split("\n")[:-1]]
         whole = [path.name for path in work.glob("*/step-*") if not path.suffix and not path.parent.suffix]
         return whole + lines
 
     def forget(self, stage: str) -> None:
-        name, _, item = stage.partition("@")
-        work = self.folder / ".q2t" / name
-        (work / f"{item}.jsonl").unlink(missing_ok=True) if item else shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(self.folder / ".q2t" / stage, ignore_errors=True)
 
     def assert_as_if_uninterrupted(self, stage: str) -> None:
         assert self.written(stage) == self.expected[stage]
         assert not list((self.folder / "models").rglob("*.partial"))
-        if "@" not in stage:
-            assert not list((self.folder / ".q2t" / stage).glob("*"))
+        assert not list((self.folder / ".q2t" / stage).glob("*"))
 
 
 @pytest.fixture(scope="module")
@@ -194,27 +190,25 @@ def test_a_disk_that_is_full_at_the_second_checkpoint_costs_nothing_before_it(pi
     pipeline.assert_as_if_uninterrupted(stage)
 
 
-def test_a_disk_that_is_full_after_some_answers_costs_none_of_them(pipeline):
+def test_a_full_disk_and_damaged_lines_cost_no_other_answer(pipeline):
     stage = "generate@expert"
-    whole = pipeline.folder / "data/generations/expert.jsonl"
-    room = whole.stat().st_size * 3 // 4
+    out = pipeline.folder / "data/generations/expert.jsonl"
+    expected = out.read_text().splitlines()
     pipeline.forget(stage)
-    fails_for_want_of_room(pipeline, stage, room, after_a_checkpoint=False)
-    some = pipeline.kept(stage)
-    assert some
+    fails_for_want_of_room(pipeline, stage, len("\n".join(expected)) * 3 // 4, after_a_checkpoint=False)
+    assert not out.exists()
+    (journal,) = (pipeline.folder / ".q2t" / stage).glob("*/answers.jsonl")
+    first, second, *others = journal.read_bytes().splitlines(keepends=True)
+    assert others
+    # An answer that no model would give shows that the journal's is taken, and the model not asked again.
+    told = json.loads(first) | {"text": "told before"}
+    damaged = [json.dumps(told, sort_keys=True).encode() + b"\n", b'{"id": 5}\n', *others[:-1], others[-1][:-20]]
+    journal.write_bytes(b"".join(damaged))
     pipeline.finish(stage)
-    pipeline.assert_as_if_uninterrupted(stage)
-    answers = pipeline.kept(stage)
-    assert answers[: len(some)] == some and len(answers) == len(set(answers)) == len(whole.read_text().splitlines())
-
-
-def test_half_written_and_malformed_answers_are_asked_again(pipeline):
-    stage = "generate@expert"
-    journal = pipeline.folder / ".q2t/generate/expert.jsonl"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join([*lines[:5], b'{"id": 5}\n', *lines[6:-1], lines[-1][:-20]]))
-    pipeline.finish(stage)
-    pipeline.assert_as_if_uninterrupted(stage)
+    rows = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert rows.pop(told["id"]) == told
+    assert list(rows.values()) == [row for row in map(json.loads, expected) if row["id"] != told["id"]]
+    assert json.loads(second)["id"] in rows
 
 
 def test_a_kill_while_checkpoints_are_deleted_leaves_no_half_of_one(tmp_path, monkeypatch):

@@ -97,6 +97,29 @@ def test_a_second_copy_gives_the_same_bytes(first, tmp_path):
     assert outs(second) == outs(first)
 
 
+def test_what_was_generated_before_is_found_when_its_out_is_deleted(first):
+    out = "data/generations/expert.jsonl"
+    written = (first / out).read_bytes()
+    (first / out).unlink()
+    script = f"import sys; from q2t.stage import published; sys.stdout.write(published({out!r}).read_text())"
+    try:
+        assert run(first, "python", "-c", script).encode() == written
+    finally:
+        (first / out).write_bytes(written)
+
+
+def test_an_ablation_leaves_a_row_for_the_table_and_the_workspace_as_it_was(first):
+    before = locked(first)
+    said = run(first, "q2t", "ablate", "lessons instead of answers")
+    row = json.loads((first / "reports/ablations/lessons-instead-of-answers.json").read_text())
+    assert row["changes"]["filter.teachers"] == ["lessons", "base"]
+    assert f"| lessons instead of answers | {row['rows']} |" in said
+    assert row["rows"] == 300  # all lessons, not the 40 questions' answers
+    assert locked(first) == before
+    (first / "reports/ablations/lessons-instead-of-answers.json").unlink()
+    assert run(first, "git", "status", "--porcelain") == ""
+
+
 def test_another_temperature_reruns_only_what_follows(first):
     before = locked(first)
     ran = run(first, "dvc", "exp", "run", "-S", "distill.temperature=4")

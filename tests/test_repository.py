@@ -1,7 +1,6 @@
 """Guards of the house: the graph names what shapes its bytes, git and DVC share the files, versions fit."""
 
 import ast
-import json
 import re
 import subprocess
 import tomllib
@@ -16,7 +15,6 @@ from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
 from q2t.config import load
-from q2t.report.summary import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 # Their effect is in the tracked parameters, or in nothing that a stage writes for another one.
@@ -169,12 +167,6 @@ def test_params_are_valid_and_a_misspelt_key_is_explained(tmp_path):
     yaml.dump(params, tmp_path / "params.yaml")
     with pytest.raises(ValueError, match="unknown key 'temprature' in distill: did you mean 'temperature'"):
         load(tmp_path / "params.yaml")
-
-
-def test_the_readme_shows_the_committed_result():
-    summary = json.loads((ROOT / "reports/summary.json").read_text(encoding="utf-8"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert markdown_table(summary).strip() in readme, "run `make readme`"
 
 
 def test_lock_is_exact_and_satisfies_pyproject():

@@ -1,4 +1,4 @@
-"""reports/summary.json: the headline figures of every model, and the README's table made from them."""
+"""reports/summary.json: the headline figures of every model, and the table made from them."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,6 @@ from q2t.report import NOTHING, millions, percent, publish, size, span
 TEACHER = "teacher"
 LENIENT = "worked examples"
 """How a lenient measurement is named: by what the model sees first."""
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def build(reports: Path, models: Iterable[str], *, resamples: int, confidence: float, seed: int) -> dict[str, Any]:
@@ -99,21 +98,6 @@ def markdown_table(summary: dict[str, Any]) -> str:
     if guesses:
         lines.append(f"| chance | {percent(guesses['accuracy'])} | {NOTHING} | {NOTHING} | {NOTHING} |")
     return "\n".join(lines)
-
-
-def update_readme(readme: Path, summary: dict[str, Any], commit: str) -> None:
-    """Replace what stands between the two markers by the table and the commit that it was measured at.
-
-    Raises:
-        ValueError: the markers are missing, doubled or out of order.
-    """
-    text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{readme}: needs one line {BEGIN} and, below it, one line {END}")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    table = f"{markdown_table(summary)}\n\nMeasured at commit `{commit}`."
-    publish(readme, f"{before}{BEGIN}\n{table}\n{END}{after}")
 
 
 def _estimate(value: float | None, interval: Sequence[float] | None) -> str:

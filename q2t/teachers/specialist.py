@@ -86,8 +86,7 @@ def specialize(
         for lesson in lessons
     ]
     lengths = [len(tokenizer(row["prompt"] + row["completion"]).input_ids) for row in rows]
-    assert settings.batch_size % MICRO_BATCH == 0 or settings.batch_size < MICRO_BATCH
-    micro = min(MICRO_BATCH, settings.batch_size)
+    micro = max(n for n in range(1, MICRO_BATCH + 1) if settings.batch_size % n == 0)
     # One pass over this order is all epochs: in each, micro-batches of rows near in length, in steps that mix them.
     order = [
         row

@@ -1,7 +1,6 @@
 """The summary's figures, its order, and the README's table."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,27 +92,3 @@ def test_retention_matches_the_library(results: Results) -> None:
     assert built["retention"] == retention(verdicts("pruned"), verdicts("teacher"))
     expected = retention_interval(verdicts("pruned"), verdicts("teacher"), **BOOTSTRAP)
     assert built["retention_interval"] == expected
-
-
-def test_readme_keeps_what_is_around_the_markers(results: Results, tmp_path: Path) -> None:
-    built = summary.build(results.reports, MODELS, **BOOTSTRAP)
-    readme = tmp_path / "README.md"
-    readme.write_text("# q2t\n<!-- results:begin -->\nold\n<!-- results:end -->\n\nMore.\n")
-    summary.update_readme(readme, built, "abc1234")
-    once = readme.read_text()
-    assert once.startswith("# q2t\n<!-- results:begin -->\n| Model |")
-    assert once.endswith("Measured at commit `abc1234`.\n<!-- results:end -->\n\nMore.\n")
-    assert "old" not in once
-    summary.update_readme(readme, built, "abc1234")
-    assert readme.read_text() == once
-
-
-@pytest.mark.parametrize(
-    "text", ["no markers", "<!-- results:end -->\n<!-- results:begin -->", "<!-- results:begin -->"]
-)
-def test_readme_without_markers_is_left_alone(text: str, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(ValueError, match="results:begin"):
-        summary.update_readme(readme, {}, "abc1234")
-    assert readme.read_text() == text

@@ -1,0 +1,43 @@
+"""The README's tables, filled in from what git has under reports/. Run as: python -m q2t.readme."""
+
+import json
+import subprocess
+from pathlib import Path
+
+from q2t import ablation
+from q2t.report import publish
+from q2t.report.summary import markdown_table
+
+README = Path("README.md")
+
+
+def fill(readme: Path, name: str, text: str) -> None:
+    """Replace what stands between the markers `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+
+    Raises:
+        ValueError: the markers are missing, doubled or out of order; the file is left alone.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before = readme.read_text(encoding="utf-8")
+    if before.count(begin) != 1 or before.count(end) != 1 or before.index(begin) > before.index(end):
+        raise ValueError(f"{readme}: needs one line {begin} and, below it, one line {end}")
+    head, rest = before.split(begin)
+    _, tail = rest.split(end)
+    publish(readme, f"{head}{begin}\n{text}\n{end}{tail}")
+
+
+def results(root: Path) -> str:
+    """The table of models, and the commit that has it."""
+    summary = json.loads((root / "reports/summary.json").read_text(encoding="utf-8"))
+    log = ["git", "log", "-1", "--format=%h", "--", "reports/summary.json"]
+    commit = subprocess.run(log, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    return f"{markdown_table(summary)}\n\nMeasured at commit `{commit}`."
+
+
+def main(root: Path = Path(".")) -> None:
+    fill(root / README, "results", results(root))
+    fill(root / README, "ablations", ablation.markdown_table(root))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The README's tables: replaced between their markers, and in the repository up to date."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from q2t import ablation
+from q2t.readme import fill
+from q2t.report.summary import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_filling_replaces_what_stands_between_the_markers_and_nothing_else(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("# q2t\n<!-- results:begin -->\nold\n<!-- results:end -->\n\nMore.\n")
+    fill(readme, "results", "new")
+    once = readme.read_text()
+    assert once == "# q2t\n<!-- results:begin -->\nnew\n<!-- results:end -->\n\nMore.\n"
+    fill(readme, "results", "new")
+    assert readme.read_text() == once
+
+
+@pytest.mark.parametrize(
+    "text", ["no markers", "<!-- results:end -->\n<!-- results:begin -->", "<!-- results:begin -->"]
+)
+def test_a_readme_without_markers_is_left_alone(text, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(ValueError, match="results:begin"):
+        fill(readme, "results", "new")
+    assert readme.read_text() == text
+
+
+def test_the_readme_shows_the_committed_results():
+    summary = json.loads((ROOT / "reports/summary.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for table in (markdown_table(summary), ablation.markdown_table(ROOT)):
+        assert table.strip() in readme, "run `make readme`"
