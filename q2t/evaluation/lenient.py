@@ -2,11 +2,13 @@
 
 The strict figure of such a model is that of its formatting. Here it sees three worked lessons as earlier turns of
 the chat (few-shot prompting: Brown et al., Language Models are Few-Shot Learners, 2020), and the answer is looked
-for in whatever it writes, as a reader would: the last <answer> if there is one, else the last quantity in the unit
-that was asked for, or the last candidate. The family's own verifier decides. Text is only ever searched, never run.
+for in whatever it writes, as a reader would: the last <answer> if there is one; in it, the last quantity in the unit
+that was asked for, else the last bare number that is given as a result; or the candidate that is called the answer,
+else the last one. The family's own verifier decides. Text is only ever searched, never run.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from quantiphy import Quantity
@@ -16,18 +18,41 @@ from q2t.capability.families import verify
 from q2t.records import Problem, Verdict
 
 SHOTS = 3
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_NUMBER = r"(?<![\w.])(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
-_POWER = r"(?:\s?(?:[x×*]|\\times)\s?10\s?\^?\s?\{?(?P<power>[-−+]?\d{1,3})\}?|[eE](?P<exponent>[-+]?\d{1,3}))?"
-_PREFIXES = {"kilo": "k", "mega": "M", "giga": "G", "milli": "m", "micro": "u", "nano": "n", "pico": "p"}
-_PREFIX = rf"(?:\\,|[\s$*~\\]){{0,3}}(?P<prefix>{'|'.join(_PREFIXES)}|[kKMGmuµμnp]\s?)?"
-_UNITS = {
-    "ohm": r"[oO]hms?|\\?[oO]mega|[ΩΩ]",
-    "F": r"F|[fF]arads?",
-    "V": r"V|[vV]olts?",
-    "A": r"A|[aA]mp(?:ere)?s?",
-}
-"""How people write the units of the families; the two ohm signs are two characters."""
+_ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
+_TEN = r"10 ?(?:\^|\*\*|(?=-)) ?[({]? ?([-+]?) ?(\d{1,3})(?!\.?\d) ?[)}]?"
+_NORMAL_FORM = (
+    (r"[\u2010-\u2014\u2212]", "-"),
+    (r"(?:[^\S\n]|[$~]|\\[,;:! ])+", " "),
+    (r"\{,\}", ","),
+    (r"\\(?:text|math)[a-z]*", ""),
+    (r"\\boxed", " answer: "),
+    (r"\\approx|≈", "="),
+    (r"\\mu(?![a-z])", "μ"),
+    (r"\\", ""),
+    (r"(?<![\w.,^-])(\d{1,3})[ ,](\d{3})(?:[ ,](\d{3}))?(?:[ ,](\d{3}))?(?!\d)", r"\1\2\3\4"),
+    (rf"(?<=\d) ?(?:[xX×·⋅*]|times|cdot) ?{_TEN}", r"e\1\2"),
+    (rf"(?<![\w.]){_TEN}", r"1e\1\2"),
+    (r"[ {}*]+", " "),
+)
+"""LaTeX, Markdown and typography to plain text, in this order; all powers of ten become an exponent, as in 4.7e3."""
+_PREFIXES = {"kil": "k", "meg": "M", "gig": "G", "mil": "m", "mic": "u", "nan": "n", "pic": "p"}
+_NUMBER = (
+    # An exponent whose base was not understood is no number of its own.
+    r"(?<![\w.^])(?<![eE^][-+])(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?: ?[eE][-+]?\d{1,3})?)"
+    r"[ -]?(?P<prefix>(?i:kilo?|mega?|giga?|milli|micro|nano|pico)|[kKMGmuμnp])?"
+)
+_UNITS = {"ohm": r"(?i:ohms?)|Omega|Ω", "F": r"F|(?i:farads?)"}
+"""How people write the units of the families."""
+_END = r"(?= ?(?:[.,;](?!\d)|[)\]<=\n]|$))"
+"""What may stand behind a bare number: nothing that could be its unit, an operator or more digits."""
+_CUE = (
+    r"(?<!n[o'’]t )\b(?i:(?:answer|choice)(?: is|:)+|choose|pick|select|take)"
+    r"[\s*(\"']*(?i:(?:the|candidate|part|option)[\s*]+)*"
+)
+"""Words that a choice stands behind. A colon after "choose" is not one of them: so do questions list candidates."""
+_VERDICT = r"\W? (?:is|it is) (?:the )?(?:right|correct|best|answer)"
+_ASIDE = re.compile(r"\([^()\s]+\s[^()]*\)")
+"""Two or more words in brackets, where a letter seldom is the choice: (see section B)."""
 
 
 def examples(lessons: Sequence[Problem], family: str) -> list[Problem]:
@@ -63,10 +88,12 @@ def judge(problem: Problem, text: str, finish_reason: str) -> Verdict:
 
 def extract(problem: Problem, text: str) -> str:
     """The answer that a reader would take from free text; all of it where none can be told. Never fails."""
-    said = (_ANSWER.findall(text) or [text])[-1].strip()
+    answers = [answer for answer in _ANSWER.findall(text) if answer.strip()]
+    said = (answers or [text])[-1].strip()
     if problem.check["kind"] == "choice":
-        return _last_candidate([str(name) for name in problem.check["candidates"]], said) or said  # type: ignore[union-attr]
-    return _last_quantity(str(problem.check["unit"]), said) or said
+        return _candidate([str(name) for name in problem.check["candidates"]], said) or said  # type: ignore[union-attr]
+    plain = _normal_form(said)
+    return _quantity(str(problem.check["unit"]), plain) or plain
 
 
 def chance(problems: Sequence[Problem]) -> dict[str, float]:
@@ -78,24 +105,46 @@ def chance(problems: Sequence[Problem]) -> dict[str, float]:
     return {family: sum(each) / len(each) for family, each in sorted(by_family.items())}
 
 
-def _last_candidate(candidates: list[str], text: str) -> str | None:
-    """The name of the candidate that is mentioned last, by name or by letter (A is the first)."""
+def _candidate(candidates: list[str], text: str) -> str | None:
+    """The name of the candidate that is called the answer, else of the last one, by name or letter (A is the first)."""
     letters = {chr(ord("A") + place): name for place, name in enumerate(candidates)}
     names = "|".join(re.escape(name) for name in sorted(candidates, key=len, reverse=True))
-    others = "".join(list(letters)[1:])
-    # An "A" behind a number is a unit, and before a small letter an article, but for "A is".
-    letter = rf"(?<!\d\s)(?:A(?!\s(?!is\b)[a-z])|[{others}])(?!['’])"
-    found = re.findall(rf"(?<![\w-])({names}|{letter})(?![\w-])", text)
-    return letters.get(found[-1], found[-1]) if found else None
+    # Behind a number or a degree sign a letter is a unit; an "A" that opens a sentence is mostly an article.
+    article = r"(?<![a-z,;] )A (?!(?:is|it|has|fits|meets|because)\b)[a-z]"
+    letter = rf"(?<!\d )(?<!°)(?<!° )(?!{article})[{''.join(letters)}](?!['’][a-z])"
+    mention = rf"(?<![\w-])(?P<candidate>{names}|{letter})(?![\w-])"
+    patterns = (_CUE + mention, mention + _VERDICT, mention)
+    found = _last(patterns, _ASIDE.sub("", text)) or _last(patterns, text)
+    return letters.get(found["candidate"], found["candidate"]) if found else None
 
 
-def _last_quantity(unit: str, text: str) -> str | None:
-    """The last quantity in `unit`, as a number without prefix and the unit."""
-    found = list(re.finditer(rf"{_NUMBER}{_POWER}{_PREFIX}(?:{_UNITS.get(unit, re.escape(unit))})(?![A-Za-z])", text))
+def _quantity(unit: str, text: str) -> str | None:
+    """The last quantity in `unit`, else the last bare number in a box, of an "answer is" or behind an equals sign."""
+    patterns = (
+        rf"{_NUMBER}[ -]?(?:{_UNITS[unit]})(?!\w)",
+        rf"(?i:answer)(?: is|[ :=])*{_NUMBER}{_END}",
+        rf"= ?{_NUMBER}{_END}",
+    )
+    found = _last(patterns, text)
     if not found:
         return None
-    part = found[-1].groupdict(default="")
-    prefix = _PREFIXES.get(part["prefix"], part["prefix"].strip())
-    exponent = (part["power"] or part["exponent"]).replace("−", "-")
-    number = f"{part['number'].replace(',', '')}{f'e{exponent}' if exponent else ''}"
-    return f"{float(number) * float(Quantity(f'1{prefix}')):.9g} {unit}"
+    prefix = found["prefix"] or ""
+    factor = Quantity(f"1{_PREFIXES.get(prefix[:3].lower(), prefix)}")
+    return f"{float(found['number'].replace(' ', '')) * float(factor):.9g} {unit}"
+
+
+def _last(patterns: Sequence[str], text: str) -> re.Match[str] | None:
+    """The last match of the first pattern that has any."""
+    for pattern in patterns:
+        if found := list(re.finditer(pattern, text)):
+            return found[-1]
+    return None
+
+
+def _normal_form(text: str) -> str:
+    """`text` with its numbers and units in plain characters."""
+    # The compatibility form makes one sign of the two ohms and of the two micros, but takes exponents down.
+    text = unicodedata.normalize("NFKC", re.sub(r"[⁺⁻⁰¹²³⁴-⁹]+", r"^\g<0>", text))
+    for pattern, plain in _NORMAL_FORM:
+        text = re.sub(pattern, plain, text)
+    return text.strip()

@@ -1,6 +1,7 @@
 """What a reader would take from free text, and the prompts that lead to it."""
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -32,56 +33,189 @@ def value(unit, expected=1.0):
 
 
 @pytest.mark.parametrize(
-    ("text", "unit", "found"),
+    "text",
     [
-        ("So R = 4.7k ohm.", "ohm", 4700),
-        ("It is 390 Ω, not 12 V or 20 mA.", "ohm", 390),
-        ("first 10 ohms, then **1,200 Ohms**", "ohm", 1200),
-        ("$R_2 = 33.5 \\text{ k}\\Omega$ or $47\\,k\\Omega$", "ohm", 47000),
-        ("2.2 Mohm", "ohm", 2.2e6),
-        ("2.2 megaohms or 3 kilo-ohms", "ohm", 2.2e6),
-        ("C = 1.5 × 10^-9 F", "F", 1.5e-9),
-        ("C = 1.5 x 10^{−9} F", "F", 1.5e-9),
-        ("106e-12 F", "F", 106e-12),
-        ("3.3 microfarads", "F", 3.3e-6),
-        ("100 µF and 10 μF", "F", 1e-5),
-        ("12V rail", "V", 12),
-        ("about 250 mA at 5 V", "A", 0.25),
-        ("think 5 ohm <answer>7 ohm</answer> no: <answer> 8 ohm </answer> 9 ohm", "ohm", 8),
-        ("<answer>4.7k</answer>", "ohm", 4700),
-        ("<think>1</think><answer>the resistor is 470 ohm, I think</answer>", "ohm", 470),
+        "<think>12e3=12000; 47e2=4700</think><answer>4.7e3 ohm</answer>",
+        "<think>1</think><answer>the resistor is 4700 ohm, I think</answer>",
+        "think 5 ohm <answer>7 ohm</answer> no: <answer> 4700 ohm </answer> 9 ohm",
+        "5 ohm <answer>4.7e3 ohm",
+        "<answer>4.7k ohm</answer> 9 ohm <answer>",
+        "So R = 4.7k ohm.",
+        "47e2ohm",
+        "It is 4700 Ω, not 12 V or 20 mA.",
+        "4700 \u2126",
+        "4.7 \u33c0",
+        "first 10 ohms, then **4,700 Ohms**",
+        "$R_2 = 33.5 \\text{ k}\\Omega$ or $4.7\\,k\\Omega$",
+        "4.7\\text{ k}\\Omega",
+        "\\mathrm{4.7\\,k\\Omega}",
+        "\\(4700 \\text{ ohms}\\)",
+        "\\boxed{4.7 \\text{ k}\\Omega}",
+        "\\boxed{4700}\\ \\Omega",
+        "0.0047 Mohm",
+        "0.0047 megaohms",
+        "0.0047 megohm",
+        "4.7 kilohms",
+        "4.7 kilo-ohms",
+        "4.7 Kiloohm",
+        "4.7 k-ohm",
+        "a 4700-ohm resistor",
+        "4.7 K ohm",
+        "4.7 x 10³ ohm",
+        "4.7 × 10^3 ohm",
+        "4 700 ohm",
+        "4\u2009700 ohm",
+        "4\u202f700 ohm",
+        "4\\,700 ohm",
+        "4{,}700 ohm",
     ],
 )
-def test_the_last_quantity_of_the_unit(text, unit, found):
-    assert lenient.judge(value(unit, found), text, "length").correct, lenient.extract(value(unit), text)
+def test_an_ohm_value_is_read_as_it_is_written(text):
+    assert lenient.extract(value("ohm"), text) == "4700 ohm"
 
 
-@pytest.mark.parametrize("text", ["", "no idea", "10 F", "5 ohmmeters", "R2 ohm", "Vds of 20 V", "12", "<answer>"])
-def test_text_without_such_a_quantity_is_wrong(text):
-    assert lenient.extract(value("ohm"), text) == text or text == "<answer>"
-    assert not lenient.judge(value("ohm", 20), text, "stop").correct
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1.59 \\times 10^{-8} \\text{ F}",
+        "$1.59 \\times 10^{-8}$ F",
+        "1.59 \\cdot 10^{-8}\\,\\mathrm{F}",
+        "1.59·10^-8 F",
+        "1.59 * 10**-8 F",
+        "1.59*10**(-8) F",
+        "1.59 × 10⁻⁸ F",
+        "1.59 x 10^(-8) F",
+        "1.59 x 10^{−8} F",
+        "1.59 x 10-8 F",
+        "1.59e−8 F",
+        "1.59E-8 farads",
+        "159 e-10 F",
+        "15.9 nF",
+        "15.9 nanofarads",
+        "0.0159 Microfarads",
+        "15.9\\,\\mathrm{nF}",
+        "0.0159 \\mu F",
+        "0.0159 \\mu\\text{F}",
+        "1 F, 0.0159 \u00b5F",
+        "1 F, 0.0159 \u03bcF",
+    ],
+)
+def test_a_farad_value_is_read_as_it_is_written(text):
+    assert lenient.extract(value("F"), text) == "1.59e-08 F"
+
+
+@pytest.mark.parametrize("text", ["10⁻⁸ F", "10^-8 F", "10^(-8) F", "10^{-8} \\mathrm{F}", "10**-8 F"])
+def test_a_power_of_ten_needs_no_factor(text):
+    assert lenient.extract(value("F"), text) == "1e-08 F"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "4700",
+        "<answer>4700</answer>",
+        "<answer>4.7k</answer>",
+        "<answer> **4700** </answer>",
+        "<answer>4.7 × 10³</answer>",
+        "R = 5 V / 1 mA = 4700.",
+        "R = 4.7k",
+        "R \\approx 4700\nwhich is fine",
+        "R ≈ 4700 = 4.7k",
+        "\\[R = 4{,}700\\]",
+        "The answer is 4700.",
+        "Answer: 4700; 3*4=12",
+        "\\boxed{4700}, since 3*4=12",
+        "$\\boxed{4.7 \\times 10^{3}}$",
+    ],
+)
+def test_a_bare_result_counts_where_nothing_has_the_unit(text):
+    assert lenient.judge(value("ohm", 4700), text, "length").correct, lenient.extract(value("ohm"), text)
+
+
+def test_the_unit_counts_for_more_than_an_equals_sign():
+    assert lenient.extract(value("ohm"), "R is 4.7k ohm. Check: 4700*2=9400") == "4700 ohm"
+
+
+@pytest.mark.parametrize(
+    ("text", "unit"),
+    [
+        ("", "ohm"),
+        ("no idea", "ohm"),
+        ("20 F", "ohm"),
+        ("20 ohmmeters", "ohm"),
+        ("R20 ohm", "ohm"),
+        ("Vds of 20 V", "ohm"),
+        ("V = 20 V", "ohm"),
+        ("V = 20.5 V.", "ohm"),
+        ("V = 20,5 V", "ohm"),
+        ("i = 20%", "ohm"),
+        ("\\omega = 20\\omega", "ohm"),
+        ("20 apples", "ohm"),
+        ("at 20°F", "F"),
+        ("at 20 °F", "F"),
+        ("e^-20 F", "F"),
+        ("2^20 F", "F"),
+        ("<answer>", "ohm"),
+    ],
+)
+def test_text_without_such_a_quantity_is_wrong(text, unit):
+    assert lenient.judge(value(unit, 20), text, "stop").rule == "no_quantity"
 
 
 @pytest.mark.parametrize(
     ("text", "name"),
     [
+        ("<think>A 1.8 ok 01.5 vs 01.2 low; B 75 vs 15 ok</think><answer>B</answer>", "LT1084"),
+        ("<answer>B</answer> C", "LT1084"),
+        ("<answer>B", "LT1084"),
+        ("B is the best. <answer>A", "LT1084-3.3"),
         ("uA7805 is too weak, so LT1084.", "LT1084"),
         ("LT1084 is not enough; take LT1084-3.3 instead", "LT1084-3.3"),
         ("The answer is B", "LT1084"),
+        ("answer: **B**, not C", "LT1084"),
+        ("The answer is 'B'.", "LT1084"),
+        ("The answer is A because B and C are too weak.", "LT1084-3.3"),
+        ("The answer is not B but A", "LT1084-3.3"),
+        ("I choose candidate B over C.", "LT1084"),
+        ("Do not choose C; B is enough", "LT1084"),
+        ("Choose: A LT1084-3.3 3.3 V; B LT1084 5 V; C uA7805 5 V. B", "LT1084"),
+        ("Choose a part: A 3 low, B 5 ok. So B", "LT1084"),
+        ("Candidate A (see section B)", "LT1084-3.3"),
+        ("Candidate A is too weak, so B", "LT1084"),
+        ("B is the best; C and A are weak", "LT1084"),
+        ("A is right, rated to 125°C", "LT1084-3.3"),
+        ("LT1084 it is, at 25 °C", "LT1084"),
+        ("A fits, B doesn't; A", "LT1084-3.3"),
         ("**C)** because it carries 1.5 A", "uA7805"),
         ("C: 5 V, 1 A. A small part.", "uA7805"),
+        ("0.6*2=1.2\nB", "LT1084"),
         ("(A)", "LT1084-3.3"),
+        ("(I think B)", "LT1084"),
+        ("\\boxed{B}", "LT1084"),
+        ("\\boxed{\\text{B}}", "LT1084"),
         ("B fails. The best choice is A.", "LT1084-3.3"),
-        ("<answer>B</answer> C", "LT1084"),
         ("A 250 vs 072 ok", "LT1084-3.3"),
     ],
 )
-def test_the_last_candidate_by_name_or_letter(text, name):
+def test_the_candidate_that_is_called_the_answer_or_the_last(text, name):
     assert lenient.extract(CHOICE, text) == name
     assert lenient.judge(CHOICE, text, "length").correct == (name == "LT1084")
 
 
-@pytest.mark.parametrize("text", ["", "a part for 0.5 A", "LT1084X", "BD30FC0WFP", "Choose well. A regulator does it."])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a part for 0.5 A",
+        "LT1084X",
+        "BD30FC0WFP",
+        "Choose well. A regulator does it.",
+        "at 25 ° C",
+        "at 25 °C",
+        "at 25°C",
+        "C's",
+    ],
+)
 def test_a_unit_or_an_article_is_no_candidate(text):
     assert lenient.extract(CHOICE, text) == text
     assert not lenient.judge(CHOICE, text, "stop").correct
@@ -95,7 +229,7 @@ def test_a_name_that_begins_another_one():
 pieces = st.lists(
     st.sampled_from(
         ["<answer>", "</answer>", "9" * 400, "e999", "1e-999", " x 10^", "-", "{", ",", ".", "k", "µ", "ohm", "Ω", "F"]
-        + ["A", " ", "\n", "LT1084", "__import__('os')", "٣", "²"]
+        + ["A", " ", "\n", "LT1084", "__import__('os')", "٣", "²", "\\boxed{", "\\times", "**", "(", "= ", "°", "⁻"]
     )
     | st.text(max_size=5)
 ).map("".join)
@@ -108,6 +242,37 @@ pieces = st.lists(
 def test_any_text_gets_a_verdict(text):
     for asked in (CHOICE, value("ohm"), value("F"), value("ohm", 5e-324)):
         assert lenient.judge(asked, text, "stop").rule
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "<answer>",
+        "9",
+        "9 ",
+        "1,",
+        "1 000 ",
+        "9e",
+        "e",
+        " ",
+        "\n",
+        "(",
+        "(a ",
+        "\\",
+        "{",
+        "*",
+        "⁻",
+        "10^(",
+        "x 10",
+        "= 1 ",
+    ]
+    + ["answer", "answer is ", "answer: ", "choose ", "choose the ", "A ", "A is ", "LT1084", "kilo"],
+)
+@pytest.mark.parametrize("asked", [CHOICE, value("ohm")], ids=["choice", "value"])
+def test_the_time_is_proportional_to_the_length(asked, piece):
+    before = time.process_time()
+    lenient.extract(asked, "choose 9" + piece * (60_000 // len(piece)))
+    assert time.process_time() - before < 2
 
 
 @settings(deadline=None)
