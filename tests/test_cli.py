@@ -56,6 +56,7 @@ filter: {teachers: [expert], target_share: 0.8, max_tokens: 99, keep_incorrect: 
 initialize: {model: models/teacher, layers: 2, vocabulary: 400, calibration_rows: 4}
 label: {top_k: 5, batch_size: 2}
 distill:
+  seed: 1
   epochs: 1
   learning_rate: 5e-4  # peak
   batch_size: 4
@@ -64,6 +65,7 @@ distill:
   alpha: 0.5
   temperature: 2.0
 prune:
+  seed: 1
   epochs: 1
   learning_rate: 5e-4  # peak
   batch_size: 4
