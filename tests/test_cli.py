@@ -138,7 +138,7 @@ capability:
 
 
 def test_named_maps_are_replaced_whole(here):
-    assert overlay("sources: {small: {path: x}}\nevaluate: {models: {teacher: models/teacher}}\n") == 0
+    assert overlay("sources: {small: {path: x}}\nevaluate: {models: {teacher: models/teacher}, lenient: []}\n") == 0
     params = load(Path("params.yaml"))
     assert list(params.sources) == ["small"] and params.evaluate.models == {"teacher": "models/teacher"}
     assert params.evaluate.resamples == 100
