@@ -35,9 +35,9 @@ PRELOADED = (
 ).split()
 
 
-def child(folder: str, name: str, command: list[str], log: str, room: int | None, after_a_checkpoint: bool) -> None:
-    """Run `python -m MODULE ARGUMENTS` of this folder; from the start, or from its first checkpoint on, no file may
-    grow beyond `room` bytes."""
+def child(folder: str, name: str, command: list[str], log: str, disk_fills: bool) -> None:
+    """Run `python -m MODULE ARGUMENTS` of this folder. With `disk_fills`, there is no more room from the first
+    checkpoint, or the first answers, on."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -46,27 +46,29 @@ def child(folder: str, name: str, command: list[str], log: str, room: int | None
     sys.path.insert(0, folder)
     from q2t.distillation import loop
     from q2t.teachers import specialist
+    from q2t.teachers.journal import Journal
 
     assert Path(loop.__file__).is_relative_to(folder)
     # A smoke run is over before the first checkpoint would be due.
     loop.train = partial(loop.train, save_every=4)  # type: ignore[assignment]
     specialist.specialize = partial(specialist.specialize, save_every=10)  # type: ignore[assignment]
 
-    def fill_the_disk() -> None:
-        assert room
+    replace, append = os.replace, Journal.append
+
+    def no_file_grows_beyond(room: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
-    if room and after_a_checkpoint:
-        replace = os.replace
+    def replace_and_fill(source: Any, target: Any) -> None:
+        replace(source, target)
+        if Path(target).name.startswith("step-"):
+            no_file_grows_beyond(100_000)
 
-        def replace_and_fill(source: Any, target: Any) -> None:
-            replace(source, target)
-            if Path(target).name.startswith("step-"):
-                fill_the_disk()
+    def append_and_fill(journal: Journal, rows: Any) -> None:
+        append(journal, rows)
+        no_file_grows_beyond(journal.path.stat().st_size + 1000)
 
-        os.replace = replace_and_fill  # type: ignore[assignment]
-    elif room:
-        fill_the_disk()
+    if disk_fills:
+        os.replace, Journal.append = replace_and_fill, append_and_fill  # type: ignore[assignment, method-assign]
     module, *arguments = command
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -84,11 +86,11 @@ class Pipeline:
     expected: dict[str, dict[str, str]] = field(default_factory=dict)
     """What an uninterrupted run wrote, by stage."""
 
-    def start(self, stage: str, room: int | None = None, after_a_checkpoint: bool = False) -> Any:
+    def start(self, stage: str, disk_fills: bool = False) -> Any:
         for out in self.outs[stage]:  # as DVC does
             path = self.folder / out
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        arguments = (str(self.folder), stage, self.commands[stage], str(self.log), room, after_a_checkpoint)
+        arguments = (str(self.folder), stage, self.commands[stage], str(self.log), disk_fills)
         process = multiprocessing.get_context("forkserver").Process(target=child, args=arguments)
         process.start()
         return process
@@ -171,8 +173,8 @@ def test_killed_at_random_moments_a_stage_ends_with_the_same_bytes(pipeline, sta
     pipeline.assert_as_if_uninterrupted(stage)
 
 
-def fails_for_want_of_room(pipeline, stage, room, after_a_checkpoint):
-    process = pipeline.start(stage, room, after_a_checkpoint)
+def fails_for_want_of_room(pipeline, stage):
+    process = pipeline.start(stage, disk_fills=True)
     process.join()
     said = pipeline.log.read_text()
     assert process.exitcode == 1, said
@@ -184,7 +186,7 @@ def fails_for_want_of_room(pipeline, stage, room, after_a_checkpoint):
 def test_a_disk_that_is_full_at_the_second_checkpoint_costs_nothing_before_it(pipeline):
     stage = "distill"  # tests/teachers/test_specialist.py does the same to the specialist
     pipeline.forget(stage)
-    fails_for_want_of_room(pipeline, stage, 100_000, after_a_checkpoint=True)
+    fails_for_want_of_room(pipeline, stage)
     assert pipeline.kept(stage) == ["step-4"]
     pipeline.finish(stage)
     pipeline.assert_as_if_uninterrupted(stage)
@@ -195,7 +197,7 @@ def test_a_full_disk_and_damaged_lines_cost_no_other_answer(pipeline):
     out = pipeline.folder / "data/generations/expert.jsonl"
     expected = out.read_text().splitlines()
     pipeline.forget(stage)
-    fails_for_want_of_room(pipeline, stage, len("\n".join(expected)) * 3 // 4, after_a_checkpoint=False)
+    fails_for_want_of_room(pipeline, stage)
     assert not out.exists()
     (journal,) = (pipeline.folder / ".q2t" / stage).glob("*/answers.jsonl")
     first, second, *others = journal.read_bytes().splitlines(keepends=True)
