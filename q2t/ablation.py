@@ -67,15 +67,16 @@ def result(name: str, changes: Mapping[str, Any], root: Path) -> dict[str, Any]:
 
 
 def markdown_table(root: Path = Path(".")) -> str:
-    """The results in the order of ablations.yaml; those that were not run are left out."""
-    lines = ["| Experiment | Rows | Accuracy | Retention |", "|:--|--:|--:|--:|"]
+    """The results in the order of ablations.yaml, those that were run; a sentence where none was."""
+    header = ["| Experiment | Rows | Accuracy | Retention |", "|:--|--:|--:|--:|"]
+    lines = []
     for name in experiments():
         path = root / RESULTS / f"{_slug(name)}.json"
         if path.is_file():
             row = json.loads(path.read_text(encoding="utf-8"))
             accuracy = f"{percent(row['accuracy'])} ({span(row['interval'])})"
             lines.append(f"| {name} | {row['rows']} | {accuracy} | {percent(row['retention'])} |")
-    return "\n".join(lines)
+    return "\n".join(header + lines) if lines else "None of them has been run yet."
 
 
 def _dvc(root: Path, words: list[str], quiet: bool = False) -> int:

@@ -39,9 +39,7 @@ def read_result(root: Path, rev: str | None = None) -> Result:
     Raises:
         ValueError: the revision is unknown, a file is missing, or the files belong to different results.
     """
-    commit = _commit(root, rev or "HEAD")
-    if rev and not commit:
-        raise ValueError(f"unknown revision {rev!r}: give a commit, tag, branch or DVC experiment")
+    commit = _known(root, rev) if rev else _commit(root, "HEAD")
     read = _reader(root, commit if rev else None)
     params, locked = read_yaml(read(PARAMS)), read_yaml(read(LOCK))["stages"]
     params.pop("tracking", None)
@@ -61,10 +59,7 @@ def read_files(root: Path, rev: str, paths: dict[str, str]) -> dict[str, str]:
     Raises:
         ValueError: the revision is unknown or has no such file.
     """
-    commit = _commit(root, rev)
-    if commit is None:
-        raise ValueError(f"unknown revision {rev!r}: give a commit, tag, branch or DVC experiment")
-    read = _reader(root, commit)
+    read = _reader(root, _known(root, rev))
     return {name: read(path) for name, path in paths.items()}
 
 
@@ -78,6 +73,12 @@ def _commit(root: Path, rev: str) -> str | None:
     found = _git(root, "rev-parse", "--verify", "--quiet", f"{rev}^{{commit}}")
     found = found or _git(root, "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{rev}")
     return found.split()[0] if found else None
+
+
+def _known(root: Path, rev: str) -> str:
+    if (commit := _commit(root, rev)) is None:
+        raise ValueError(f"unknown revision {rev!r}: give a commit, tag, branch or DVC experiment")
+    return commit
 
 
 def _stage_names(root: Path, commit: str | None) -> list[str]:
