@@ -1,0 +1,252 @@
+"""Alignment across tokenizers: the spans of text where both tokenizations have a boundary, by bytes.
+
+What a token stands for is taken from the vocabulary and checked against the text, so that neither an added begin
+token nor a character cut in two can shift what follows, as with decoded strings (TRL #4392). What the losses over
+these spans are, `span_losses` says.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from itertools import islice, takewhile
+from os.path import commonprefix
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from q2t.distillation.labels import Row
+
+INSTEAD = "train on the teacher's text instead (sequence-level)"
+
+
+class Vocabulary:
+    """A tokenizer's tokens as the bytes of text that they stand for.
+
+    Raises:
+        ValueError: the tokenizer is neither byte-level nor one with byte fallback.
+    """
+
+    pieces: list[bytes]
+    """By id; empty where an id has no token."""
+    ids: dict[bytes, int]
+    """Of all pieces but the end token's, which is no text."""
+    special: set[int]
+    eos: int
+
+    def __init__(self, tokenizer: Any) -> None:
+        decoder = repr(tokenizer.backend_tokenizer.decoder)
+        if "ByteLevel" not in decoder and "ByteFallback" not in decoder:
+            raise ValueError(
+                f"tokenizer: by its decoder ({decoder}) it has no tokens of single bytes, and its tokens can't be "
+                f"aligned by bytes: {INSTEAD}"
+            )
+        to_bytes = _from_byte_level if "ByteLevel" in decoder else _from_byte_fallback
+        added = tokenizer.added_tokens_decoder
+        names = {index: token for token, index in tokenizer.get_vocab().items()}
+        self.pieces = [b""] * (max(names) + 1)
+        for index, name in names.items():
+            self.pieces[index] = added[index].content.encode() if index in added else to_bytes(name)
+        self.eos = tokenizer.eos_token_id
+        self.special = {index for index, token in added.items() if token.special}
+        # By ascending id: byte-fallback tokens come first, and the letters that text is read as replace them.
+        self.ids = {piece: index for index, piece in enumerate(self.pieces) if piece and index != self.eos}
+
+    def is_numeral(self, token: int) -> bool:
+        """Decimal digits, with or without space around them, and nothing else."""
+        return self.pieces[token].strip().isdigit()
+
+    def beginning_with(self, prefix: bytes) -> dict[bytes, int]:
+        """Ids of the tokens that begin with the prefix, by what follows it."""
+        if not prefix:
+            return self.ids
+        found = islice(self._sorted, bisect_left(self._sorted, prefix), None)
+        return {p[len(prefix) :]: self.ids[p] for p in takewhile(lambda piece: piece.startswith(prefix), found)}
+
+    @cached_property
+    def _sorted(self) -> list[bytes]:
+        return sorted(self.ids)
+
+
+def _from_byte_level(token: str) -> bytes:
+    return bytes(_byte_level_alphabet()[character] for character in token)
+
+
+@cache
+def _byte_level_alphabet() -> dict[str, int]:
+    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def _from_byte_fallback(token: str) -> bytes:
+    match = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes.fromhex(match[1]) if match else token.replace("▁", " ").encode()
+
+
+def same_vocabulary(student: Any, teacher: Any) -> bool:
+    """Two tokenizers give every token the same id and end texts on the same one; equal sizes don't show that."""
+    return student.get_vocab() == teacher.get_vocab() and student.eos_token_id == teacher.eos_token_id
+
+
+def check_same_vocabulary(student: Any, teacher: Any, loss: str) -> None:
+    """Refuse a loss that compares token by token.
+
+    Args:
+        student: its tokenizer, as the teacher's.
+        loss: its name in the configuration.
+
+    Raises:
+        ValueError: the vocabularies differ; names a token that does.
+    """
+    if same_vocabulary(student, teacher):
+        return
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if differ := sorted(ours.items() ^ theirs.items()):
+        token = differ[0][0]
+        what = f"token {token!r} has id {ours.get(token)} in the student's and {theirs.get(token)} in the teacher's"
+    else:
+        what = f"the student's texts end on {student.eos_token!r} and the teacher's on {teacher.eos_token!r}"
+    raise ValueError(
+        f"{loss} needs one vocabulary, but {what} (of {len(ours)} and {len(theirs)} tokens): {INSTEAD}, or take a loss "
+        "over aligned spans"
+    )
+
+
+def overlap(student: Vocabulary, teacher: Vocabulary) -> dict[str, float]:
+    """Share of the student's tokens, and of its numerals, that the teacher has too."""
+    numerals = {piece for piece, index in student.ids.items() if student.is_numeral(index)}
+    return {
+        "matched_share": len(student.ids.keys() & teacher.ids.keys()) / len(student.ids),
+        "matched_numeral_share": len(numerals & teacher.ids.keys()) / max(1, len(numerals)),
+    }
+
+
+def align(student: Sequence[int], teacher: Sequence[int]) -> np.ndarray:
+    """The shortest spans of whole tokens that cover the same bytes on both sides, in order and without gaps.
+
+    Args:
+        student: bytes of each token, none 0; their sum is the text's length.
+        teacher: as the student's, of the same text.
+
+    Returns:
+        [spans, 2]: number of the student's and of the teacher's tokens up to the end of each span.
+    """
+    _, ours, theirs = np.intersect1d(np.cumsum(student), np.cumsum(teacher), assume_unique=True, return_indices=True)
+    return np.stack([ours, theirs], 1) + 1
+
+
+class Counts(NamedTuple):
+    """Student tokens; those of several batches may be added."""
+
+    tokens: int
+    merged: int
+    """In spans of several tokens on either side, where probabilities rest on the chain rule."""
+    numerals: int
+    merged_numerals: int
+
+    def shares(self) -> dict[str, float]:
+        return {
+            "merged_share": self.merged / self.tokens,
+            "numeral_share": self.numerals / self.tokens,
+            "merged_numeral_share": self.merged_numerals / max(1, self.numerals),
+        }
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Aligned spans of a batch, row after row, as its completion tokens are."""
+
+    student_ends: Tensor
+    """[spans], int64: the student's completion tokens up to the end of the span."""
+    teacher_ends: Tensor
+    """[spans], int64."""
+    weights: Tensor
+    """[spans], float32: the weight of the span's row."""
+    numeral: Tensor
+    """[spans], bool: the student or the teacher has a numeral there."""
+    kind: Tensor
+    """[spans], int64: index into `matched`, 0 if the span is one token on both sides."""
+    matched: tuple[tuple[Tensor, Tensor], ...]
+    """[outcomes] and [outcomes]: last tokens of the student and of the teacher that make the same text of a span."""
+    others: bool
+    """The student has tokens, not only special ones, that the teacher lacks."""
+    counts: Counts
+
+    def to(self, device: torch.device) -> "Spans":
+        names = ("student_ends", "teacher_ends", "weights", "numeral", "kind")
+        matched = tuple((ours.to(device), theirs.to(device)) for ours, theirs in self.matched)
+        return replace(self, matched=matched, **{name: getattr(self, name).to(device) for name in names})
+
+
+def align_rows(rows: Sequence[Row], teacher_rows: Sequence[Row], student: Vocabulary, teacher: Vocabulary) -> Spans:
+    """The spans of a batch: the same completions as the student and as the teacher read them.
+
+    The two end tokens are a span of their own.
+
+    Raises:
+        ValueError: a row's tokens spell different texts; names the row.
+    """
+    ends = [np.zeros((1, 2), np.int64)]
+    kinds = {(b"", b""): 0}
+    weights: list[float] = []
+    numeral: list[bool] = []
+    kind: list[int] = []
+    counts = np.zeros(4, int)
+    for row, teacher_row in zip(rows, teacher_rows, strict=True):
+        sides = [(student, _completion(row)), (teacher, _completion(teacher_row))]
+        assert all(tokens[-1] == vocabulary.eos for vocabulary, tokens in sides)
+        pieces = [[vocabulary.pieces[token] for token in tokens[:-1]] for vocabulary, tokens in sides]
+        texts = [b"".join(part) for part in pieces]
+        if texts[0] != texts[1]:
+            at = len(commonprefix(texts))
+            ours, theirs = (text[at : at + 20] for text in texts)
+            raise ValueError(
+                f"row {row.id}: from byte {at} the student's tokens spell {ours!r} and the teacher's {theirs!r}, so "
+                f"a tokenizer changes the text or lacks some of it. Leave the row out, or {INSTEAD}"
+            )
+        # The end counts as one more byte, and so is a span on both sides.
+        spans = align(*([*map(len, part), 1] for part in pieces))
+        starts = np.concatenate([[[0, 0]], spans[:-1]])
+        for start, end in zip(starts.tolist(), spans.tolist(), strict=True):
+            ours, theirs = (b"".join(part[a : b - 1]) for part, a, b in zip(pieces, start, end, strict=True))
+            # One of the two is the beginning of the other.
+            kind.append(kinds.setdefault((ours[len(theirs) :], theirs[len(ours) :]), len(kinds)))
+            numerals, teacher_numerals = (
+                sum(map(vocabulary.is_numeral, tokens[a:b]))
+                for (vocabulary, tokens), a, b in zip(sides, start, end, strict=True)
+            )
+            numeral.append(numerals + teacher_numerals > 0)
+            merged = kind[-1] > 0
+            counts += (end[0] - start[0], merged * (end[0] - start[0]), numerals, merged * numerals)
+        weights += [row.weight] * len(spans)
+        ends.append(spans + ends[-1][-1])
+    student_ends, teacher_ends = torch.from_numpy(np.concatenate(ends[1:])).unbind(1)
+    return Spans(
+        student_ends=student_ends,
+        teacher_ends=teacher_ends,
+        weights=torch.tensor(weights, dtype=torch.float32),
+        numeral=torch.tensor(numeral),
+        kind=torch.tensor(kind),
+        matched=tuple(_matched(student, teacher, *prefixes) for prefixes in kinds),
+        others=any(i not in student.special and piece not in teacher.ids for piece, i in student.ids.items()),
+        counts=Counts(*counts.tolist()),
+    )
+
+
+def _completion(row: Row) -> list[int]:
+    return row.input_ids[row.prompt_length :].tolist()
+
+
+@cache
+def _matched(student: Vocabulary, teacher: Vocabulary, longer: bytes, teacher_longer: bytes) -> tuple[Tensor, Tensor]:
+    """Tokens that end in the same text, where one side has already said some bytes more than the other."""
+    ours, theirs = student.beginning_with(teacher_longer), teacher.beginning_with(longer)
+    pairs = sorted((ours[text], theirs[text]) for text in ours.keys() & theirs.keys())
+    if not longer and not teacher_longer:
+        pairs.append((student.eos, teacher.eos))
+    columns = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    return columns[:, 0], columns[:, 1]
