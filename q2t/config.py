@@ -141,6 +141,10 @@ class Distill(Optimizer):
     alpha: float = Field(ge=0, le=1)
     """Weight of the distillation loss; the task loss has 1 - alpha."""
     temperature: float = Field(gt=0)
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"]
+    """What the distillation loss is of teacher and student; see `distillation.losses.divergence`."""
+    beta: float = Field(gt=0, lt=1)
+    """The teacher's share in jsd's mixture; the other divergences have none."""
 
 
 class Prune(Distill):

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
+from torch import Tensor
 from tqdm import tqdm
 
 from q2t.config import Compute, Distill, Optimizer
 from q2t.distillation import batches
 from q2t.distillation.labels import Row
-from q2t.distillation.losses import completion_loss
+from q2t.distillation.losses import Terms, completion_loss
 
 MICRO_BATCH = 4
 """Rows of a forward pass, at most, all near in length. The fewer, the less padding; and a step of several mixes
@@ -50,8 +51,9 @@ def train(
         settings: a `Distill` has both losses, any other `Optimizer` cross-entropy.
         checkpoints: a folder of this run alone, its name depending on all that shapes the result; safe to
             delete once the model is published.
-        curve: the CSV, one line per step: `loss` is what is minimised, the other two are before weighting,
-            all in nats per completion token of the step; the gradient's norm is before clipping.
+        curve: the CSV, one line per step: `loss` is what is minimised, the other two are before weighting
+            (`kl` is whichever divergence was chosen), all in nats per completion token of the step; the
+            gradient's norm is before clipping.
         save_every: steps between checkpoints.
 
     Raises:
@@ -61,6 +63,8 @@ def train(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    if not isinstance(settings, Distill):
+        settings = _cross_entropy_only(settings)
     # A process may train twice with other settings, and accelerate would keep the first ones.
     AcceleratorState._reset_state(reset_partial_state=True)
     device = torch.device(compute.device)
@@ -98,7 +102,7 @@ def train(
             # Per step, so that a resumed run draws what an uninterrupted one would (dropout).
             torch.manual_seed(seed * 1_000_003 + step)
             micro_batches = [[rows[i] for i in micro] for micro in plan[step]]
-            losses = accumulate(model, micro_batches, settings, accelerator, step)
+            terms = accumulate(model, micro_batches, settings, accelerator, step)
             norm = float(accelerator.clip_grad_norm_(model.parameters(), 1.0))
             if not math.isfinite(norm):
                 raise _not_finite("gradient", norm, step, [row for micro in micro_batches for row in micro])
@@ -107,9 +111,10 @@ def train(
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-            lines.append([str(step + 1), *(f"{value:.9g}" for value in (*losses, rate, norm))])
+            values = (terms.total, terms.cross_entropy, terms.distillation, rate, norm)
+            lines.append([str(step + 1), *(f"{value:.9g}" for value in values)])
             bar.update(tokens[step])
-            bar.set_postfix(step=f"{step + 1}/{len(plan)}", loss=f"{losses[0]:.4f}", refresh=False)
+            bar.set_postfix(step=f"{step + 1}/{len(plan)}", loss=f"{terms.total:.4f}", refresh=False)
             if (step + 1) % save_every == 0:
                 _save(checkpoints, step + 1, model, optimizer, lines)
     model.set_attn_implementation(attention)
@@ -121,19 +126,17 @@ def train(
 
 
 def accumulate(
-    model: Any, micro_batches: Sequence[Sequence[Row]], settings: Optimizer, accelerator: Any, step: int = 0
-) -> tuple[float, float, float]:
-    """Add a step's gradient to the parameters; loss, cross-entropy and T² KL per completion token of the
-    step.
+    model: Any, micro_batches: Sequence[Sequence[Row]], settings: Distill, accelerator: Any, step: int = 0
+) -> Terms[float]:
+    """Add a step's gradient to the parameters; the terms of the loss, as floats per completion token of the step.
 
     Raises:
         ValueError: the loss of a micro-batch is not finite; names the step and the rows.
     """
-    alpha, temperature = (settings.alpha, settings.temperature) if isinstance(settings, Distill) else (0.0, 1.0)
     tokens = sum(row.completion_tokens for micro in micro_batches for row in micro)
     head = model.get_output_embeddings().weight
     chunk = max(32, LOGITS // head.shape[0] // 32 * 32)
-    sums = [0.0, 0.0, 0.0]
+    sums = [0.0] * len(Terms._fields)
     for micro in micro_batches:
         batch = batches.collate(micro).to(head.device)
         with accelerator.autocast():
@@ -145,18 +148,36 @@ def accumulate(
                 batch.top_ids,
                 batch.top_logprobs,
                 batch.tail_logprob,
-                batch.weights,
-                alpha,
-                temperature,
+                *_weights(batch, settings.alpha, torch.promote_types(hidden.dtype, torch.float32)),
+                settings.temperature,
                 chunk,
+                settings.divergence,
+                settings.beta,
             )
-        values = [term.item() for term in (terms.total, terms.cross_entropy, terms.kl)]
+        values = [term.item() for term in terms]
         if not all(map(math.isfinite, values)):
             raise _not_finite("loss", values[0], step, micro)
         accelerator.backward(terms.total / tokens)
         sums = [a + b for a, b in zip(sums, values, strict=True)]
-    loss, task, kl = (value / tokens for value in sums)
-    return loss, task, kl
+    return Terms(*(value / tokens for value in sums))
+
+
+def _weights(batch: batches.Batch, alpha: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of cross-entropy and distillation, [tokens] each. A token without labels has cross-entropy in full weight."""
+    weights = batch.weights.to(dtype)
+    labelled = (batch.top_ids >= 0).any(1)
+    return torch.where(labelled, (1 - alpha) * weights, weights), alpha * weights
+
+
+def _cross_entropy_only(settings: Optimizer) -> Distill:
+    return Distill(
+        **settings.model_dump(include=set(Optimizer.model_fields)),
+        seed=0,
+        alpha=0.0,
+        temperature=1.0,
+        divergence="forward_kl",
+        beta=0.5,
+    )
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

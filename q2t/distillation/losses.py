@@ -1,12 +1,13 @@
 """Task and distillation losses over completion tokens.
 
-`cross_entropy` and `distillation_kl` are the definitions; `completion_loss` is what trains: the same numbers
-without ever holding [all tokens, vocabulary]. Everything here is a sum or one value per token, never a mean:
-the caller divides by the completion tokens of the whole optimiser step, so that the split into micro-batches
-can't change the gradient.
+`cross_entropy` and `distillation` are the definitions; `completion_loss` is what trains: the same numbers without
+ever holding [all tokens, vocabulary]. Everything here is a sum or one value per token, never a mean: the caller
+divides by the completion tokens of the whole optimiser step, so that the split into micro-batches can't change the
+gradient.
 """
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +15,20 @@ from torch import Tensor
 
 FLOOR = -1e4
 """Log-probability of an empty bucket: its exponential is 0, and so is 0 * FLOOR, where 0 * -inf is nan."""
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
-class Terms(NamedTuple):
+T = TypeVar("T", Tensor, float)
+
+
+class Terms(NamedTuple, Generic[T]):
     """Sums over tokens, before and after the weights. Only `total` carries a gradient."""
 
-    total: Tensor
-    cross_entropy: Tensor
-    kl: Tensor
-    weighted_cross_entropy: Tensor
-    weighted_kl: Tensor
+    total: T
+    cross_entropy: T
+    distillation: T
+    weighted_cross_entropy: T
+    weighted_distillation: T
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -31,16 +36,43 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-def distillation_kl(
-    logits: Tensor, top_ids: Tensor, top_logprobs: Tensor, tail_logprob: Tensor, temperature: float
+def divergence(teacher: Tensor, student: Tensor, kind: Divergence, beta: float) -> Tensor:
+    """Divergence of two sets of log-probabilities [tokens, outcomes]: [tokens], in nats, 0 where they are equal.
+
+    - forward_kl: KL(teacher || student). The student has to cover all that the teacher would say (Hinton et al. 2015,
+      arXiv 1503.02531).
+    - reverse_kl: KL(student || teacher). The student keeps to what it can say well, and is punished for what the
+      teacher would not say (MiniLLM, arXiv 2306.08543).
+    - jsd: generalised Jensen-Shannon, beta KL(teacher || mixture) + (1 - beta) KL(student || mixture), the mixture
+      being beta teacher + (1 - beta) student. Bounded; near forward KL, times beta, for a small beta, and near
+      reverse KL, times 1 - beta, for a large one (GKD, arXiv 2306.13649).
+    """
+    if kind == "forward_kl":
+        return (teacher.exp() * (teacher - student)).sum(1)
+    if kind == "reverse_kl":
+        return (student.exp() * (student - teacher)).sum(1)
+    mixture = _mixture(teacher, student, beta)
+    of_teacher = (teacher.exp() * (teacher - mixture)).sum(1)
+    of_student = (student.exp() * (student - mixture)).sum(1)
+    return beta * of_teacher + (1 - beta) * of_student
+
+
+def distillation(
+    logits: Tensor,
+    top_ids: Tensor,
+    top_logprobs: Tensor,
+    tail_logprob: Tensor,
+    temperature: float,
+    kind: Divergence = "forward_kl",
+    beta: float = 0.5,
 ) -> Tensor:
-    """T² KL(teacher || student) over k + 1 buckets, [tokens], in nats.
+    """T² times the divergence of teacher and student over k + 1 buckets, [tokens], in nats.
 
     The teacher is known by its k best tokens and the mass of all others, so both distributions are first
     coarse-grained to these k tokens and one tail bucket, at temperature 1 (dropping the tail instead would
     bias the teacher: arXiv 2503.16870), and then tempered by 1/T and renormalised. Equal models give 0 at
-    every T, and at T = 1 the value rises with k to the full KL, since merging outcomes can't increase a
-    divergence. T² keeps the gradient's magnitude (Hinton et al. 2015, arXiv 1503.02531).
+    every T, and at T = 1 the value rises with k to that of the full distributions, since merging outcomes can't
+    increase an f-divergence. T² keeps the gradient's magnitude (Hinton et al. 2015, arXiv 1503.02531).
 
     Shapes: logits [tokens, vocabulary]; top_ids, top_logprobs [tokens, k]; tail_logprob [tokens], which is
     -inf if k is the vocabulary.
@@ -53,7 +85,7 @@ def distillation_kl(
         tail = logprobs.scatter(1, top_ids, -torch.inf).logsumexp(1, keepdim=True)
     student = (torch.cat([top, tail], 1) / temperature).log_softmax(1)
     teacher = (_buckets(top_logprobs, tail_logprob) / temperature).log_softmax(1)
-    return temperature**2 * (teacher.exp() * (teacher - student)).sum(1)
+    return temperature**2 * divergence(teacher, student, kind, beta)
 
 
 def completion_loss(
@@ -63,14 +95,16 @@ def completion_loss(
     top_ids: Tensor,
     top_logprobs: Tensor,
     tail_logprob: Tensor,
-    weights: Tensor,
-    alpha: float,
+    task_weights: Tensor,
+    distillation_weights: Tensor,
     temperature: float,
     chunk: int,
-) -> Terms:
-    """Sum over tokens of weight * ((1 - alpha) * cross-entropy + alpha * T² KL).
+    kind: Divergence = "forward_kl",
+    beta: float = 0.5,
+) -> Terms[Tensor]:
+    """Sum over tokens of task weight * cross-entropy + distillation weight * T² divergence.
 
-    A token without labels (top_ids -1) gets cross-entropy alone, in full weight. Logits exist for `chunk`
+    A token without labels (top_ids -1) has no divergence, whatever its weight. Logits exist for `chunk`
     tokens at a time: their gradient has a closed form and is taken in the same pass, so nothing is kept or
     computed twice. Under autocast the matrix products run in its dtype, all else in float32.
 
@@ -81,13 +115,17 @@ def completion_loss(
         top_ids: [tokens, k]; k may be 0, if no token has labels.
         top_logprobs: [tokens, k].
         tail_logprob: [tokens].
-        weights: [tokens], of the row that the token belongs to.
-        alpha: weight of the distillation loss.
+        task_weights: [tokens]; no gradient flows into weights.
+        distillation_weights: [tokens].
         temperature: T.
         chunk: tokens.
+        kind: see `divergence`.
+        beta: of the Jensen-Shannon divergence, in (0, 1).
     """
     labels = (top_ids, top_logprobs, tail_logprob)
-    return Terms(*_CompletionLoss.apply(hidden, head_weight, targets, labels, weights, alpha, temperature, chunk))
+    weights = (task_weights, distillation_weights)
+    how = (temperature, kind, beta)
+    return Terms(*_CompletionLoss.apply(hidden, head_weight, targets, labels, weights, how, chunk))
 
 
 class _CompletionLoss(torch.autograd.Function):
@@ -98,9 +136,8 @@ class _CompletionLoss(torch.autograd.Function):
         head_weight: Tensor,
         targets: Tensor,
         labels: tuple[Tensor, Tensor, Tensor],
-        weights: Tensor,
-        alpha: float,
-        temperature: float,
+        weights: tuple[Tensor, Tensor],
+        how: tuple[float, Divergence, float],
         chunk: int,
     ) -> tuple[Tensor, ...]:
         device = hidden.device.type
@@ -117,20 +154,19 @@ class _CompletionLoss(torch.autograd.Function):
                 # oneDNN keeps a primitive and its memory per shape: padded, the last chunks have few.
                 inputs = F.pad(hidden[index].to(dtype), (0, 0, 0, -len(index) % 32))
                 logits = (inputs @ head.T).to(exact)
-                weight = weights[index].to(exact)
+                task_weight, distillation_weight = (weight[index].to(exact) for weight in weights)
                 k = top_ids.shape[1] if has_labels else 0
-                ce_weight, kl_weight = ((1 - alpha) * weight, alpha * weight) if k else (weight, 0 * weight)
-                ce, kl = _to_gradient(
+                ce, kd = _to_gradient(
                     logits[: len(index)],
                     targets[index],
                     top_ids[index, :k],
                     _buckets(top_logprobs[index, :k], tail_logprob[index]).to(exact),
-                    ce_weight,
-                    kl_weight,
-                    temperature,
+                    task_weight,
+                    distillation_weight,
+                    *how,
                 )
                 logits[len(index) :] = 0
-                sums += torch.stack([ce.sum(), kl.sum(), ce @ ce_weight, kl @ kl_weight])
+                sums += torch.stack([ce.sum(), kd.sum(), ce @ task_weight, kd @ distillation_weight])
                 gradient = logits.to(dtype)
                 grad_hidden[index] = (gradient @ head)[: len(index)].to(hidden.dtype)
                 grad_head += gradient.T @ inputs
@@ -144,7 +180,7 @@ class _CompletionLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         scale = grad_total.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_head * scale, None, None, None, None, None, None
+        return grad_hidden * scale, grad_head * scale, None, None, None, None, None
 
 
 def _to_gradient(
@@ -152,16 +188,18 @@ def _to_gradient(
     targets: Tensor,
     top_ids: Tensor,
     teacher: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
+    task_weight: Tensor,
+    distillation_weight: Tensor,
     temperature: float,
+    kind: Divergence,
+    beta: float,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and T² KL per token; overwrites logits [tokens, vocabulary] by the weighted sum's
+    """Cross-entropy and T² divergence per token; overwrites logits [tokens, vocabulary] by the weighted sum's
     gradient.
 
-    With b the student's bucket log-probabilities, r and p the tempered student and teacher, d(T² KL)/db = T
-    (r - p). These sum to 0, so b's normaliser drops out: a top token's logit gets its bucket's slope, and the
-    others share the tail's in proportion to their probabilities, as they share the cross-entropy's.
+    With b the student's bucket log-probabilities and T * slope the divergence's gradient by b: the slopes sum to 0, so
+    b's normaliser drops out. A top token's logit gets its bucket's slope, and the others share the tail's in proportion
+    to their probabilities, as they share the cross-entropy's.
     """
     target = logits.gather(1, targets[:, None]).squeeze(1)
     top = logits.gather(1, top_ids)
@@ -176,11 +214,30 @@ def _to_gradient(
 
     p = (teacher / temperature).log_softmax(1)
     r = (student / temperature).log_softmax(1)
-    slope = ce_weight[:, None] * student.exp() + kl_weight[:, None] * temperature * (r.exp() - p.exp())
+    slope = task_weight[:, None] * student.exp() + distillation_weight[:, None] * temperature * _slope(p, r, kind, beta)
     rest.mul_(slope[:, -1:] / mass.clamp(min=torch.finfo(mass.dtype).tiny))
     rest.scatter_(1, top_ids, slope[:, :-1])
-    rest.scatter_add_(1, targets[:, None], -ce_weight[:, None])
-    return normaliser - target, temperature**2 * (p.exp() * (p - r)).sum(1)
+    rest.scatter_add_(1, targets[:, None], -task_weight[:, None])
+    return normaliser - target, temperature**2 * divergence(p, r, kind, beta)
+
+
+def _slope(p: Tensor, r: Tensor, kind: Divergence, beta: float) -> Tensor:
+    """Gradient of `divergence` by the logits of the student r, from the log-probabilities p and r.
+
+    A functional F of a softmax has the gradient r (g - sum of r g), g being dF/dr up to a constant. Forward KL has
+    g = -p / r, hence r - p; reverse KL g = log r - log p (MiniLLM, arXiv 2306.08543, has its sampled form); and
+    generalised Jensen-Shannon (1 - beta) (log r - log m): of dF/dr all else is constant, since
+    beta p + (1 - beta) r is m (divergence as in GKD, arXiv 2306.13649).
+    """
+    if kind == "forward_kl":
+        return r.exp() - p.exp()
+    g = r - p if kind == "reverse_kl" else (1 - beta) * (r - _mixture(p, r, beta))
+    r = r.exp()
+    return r * (g - (r * g).sum(1, keepdim=True))
+
+
+def _mixture(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    return torch.logaddexp(math.log(beta) + teacher, math.log1p(-beta) + student)
 
 
 def _buckets(top_logprobs: Tensor, tail_logprob: Tensor) -> Tensor:

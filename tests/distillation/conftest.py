@@ -91,7 +91,16 @@ def make_rows(count: int, k: int = 4, seed: int = 0, unlabelled_every: int = 0) 
 
 
 SETTINGS = Distill(
-    seed=3, epochs=2, learning_rate=0.01, batch_size=4, warmup=0.2, weight_decay=0.01, alpha=0.6, temperature=2.0
+    seed=3,
+    epochs=2,
+    learning_rate=0.01,
+    batch_size=4,
+    warmup=0.2,
+    weight_decay=0.01,
+    alpha=0.6,
+    temperature=2.0,
+    divergence="forward_kl",
+    beta=0.5,
 )
 
 

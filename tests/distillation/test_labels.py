@@ -18,8 +18,8 @@ def call(model: Any, teacher: Any, examples: Any, **changed: Any) -> list[labels
     return labels.label(model, teacher, examples, **(arguments | changed))
 
 
-def loss_of(model: Any, rows: list[labels.Row], temperature: float = 1.0) -> Any:
-    """KL of the model's own completion states against the labels, per token."""
+def loss_of(model: Any, rows: list[labels.Row], temperature: float = 1.0, how: Any = ("forward_kl", 0.5)) -> Any:
+    """Divergence of the model's own completion states against the labels, per token."""
     batch = collate(rows)
     with torch.no_grad():
         states = model.base_model(input_ids=batch.input_ids).last_hidden_state
@@ -31,30 +31,38 @@ def loss_of(model: Any, rows: list[labels.Row], temperature: float = 1.0) -> Any
             batch.top_logprobs,
             batch.tail_logprob,
             batch.weights,
-            0.5,
+            batch.weights,
             temperature,
             64,
+            *how,
         )
         logits = states[batch.predicts] @ model.lm_head.weight.T
-    return float(terms.kl) / len(batch.targets), logits.argmax(1), batch
+    return float(terms.distillation) / len(batch.targets), logits.argmax(1), batch
 
 
+every_kind = pytest.mark.parametrize("how", [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.3)])
+
+
+@every_kind
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_teacher_as_student_has_no_loss(model: Any, tokenizer: Any, examples: Any, temperature: float) -> None:
+def test_teacher_as_student_has_no_loss(
+    model: Any, tokenizer: Any, examples: Any, temperature: float, how: Any
+) -> None:
     network = model()
     rows = call(network, tokenizer(), examples(7))
-    kl, best, batch = loss_of(network, rows, temperature)
-    assert abs(kl) < 1e-4  # float16's rounding
+    loss, best, batch = loss_of(network, rows, temperature, how)
+    assert abs(loss) < 1e-4  # float16's rounding
     assert (best == batch.top_ids[:, 0]).all()
 
 
-def test_labels_of_the_next_position_have_a_loss(model: Any, tokenizer: Any, examples: Any) -> None:
+@every_kind
+def test_labels_of_the_next_position_have_a_loss(model: Any, tokenizer: Any, examples: Any, how: Any) -> None:
     network = model()
     rows = call(network, tokenizer(), examples(7))
     for row in rows:
         for values in (row.top_ids, row.top_logprobs, row.tail_logprob):
             values[:-1] = values[1:].copy()
-    assert loss_of(network, rows)[0] > 0.1
+    assert loss_of(network, rows, 1.0, how)[0] > 0.1
 
 
 def test_labels_are_the_models_logprobs(model: Any, tokenizer: Any, examples: Any) -> None:

@@ -16,6 +16,14 @@ from q2t.config import Optimizer
 from q2t.distillation import loop
 from q2t.distillation.batches import collate
 
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "reverse_kl": {"divergence": "reverse_kl", "temperature": 1.0},
+    "jsd": {"divergence": "jsd", "beta": 0.3},
+    "labels alone": {"alpha": 1.0},
+}
+every_method = pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
+
 
 @pytest.fixture
 def accelerator() -> Any:
@@ -37,11 +45,13 @@ def gradient(model: Any, micro_batches: list[Any], settings: Any, accelerator: A
     return losses, [p.grad.clone() for p in model.parameters()]
 
 
+@every_method
 @pytest.mark.parametrize("count", [8, 5])
 def test_the_split_into_micro_batches_changes_nothing(
-    count: int, model: Any, rows: Any, settings: Any, accelerator: Any
+    count: int, changes: dict[str, Any], model: Any, rows: Any, settings: Any, accelerator: Any
 ) -> None:
     """1, 4 and 8 micro-batches, unequal lengths, a last short one, rows without labels, pad == eos."""
+    settings = settings.model_copy(update=changes)
     network, chosen = model(dtype=torch.float64), rows(count, unlabelled_every=3)
     whole = gradient(network, [chosen], settings, accelerator)
     for size in (2, 1, 3):
@@ -52,7 +62,7 @@ def test_the_split_into_micro_batches_changes_nothing(
 def test_the_loss_is_that_of_the_definition(model: Any, rows: Any, settings: Any, accelerator: Any) -> None:
     """Through the model's own logits and torch's own cross-entropy."""
     network, chosen = model(dtype=torch.float64), rows(6, unlabelled_every=1)
-    (loss, task, kl), _ = gradient(network, [chosen], settings, accelerator)
+    (loss, task, kl, *_), _ = gradient(network, [chosen], settings, accelerator)
     total = tokens = weighted = 0.0
     with torch.no_grad():
         for row in chosen:
@@ -63,6 +73,28 @@ def test_the_loss_is_that_of_the_definition(model: Any, rows: Any, settings: Any
             tokens += row.completion_tokens
     assert (task, loss) == (pytest.approx(total / tokens), pytest.approx(weighted / tokens))
     assert kl == 0
+
+
+@every_method
+def test_only_positions_that_predict_completions_get_a_gradient(
+    changes: dict[str, Any], model: Any, rows: Any, settings: Any, accelerator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last hidden states, whatever the method."""
+    states: list[torch.Tensor] = []
+
+    def predicting(network: Any, batch: Any) -> torch.Tensor:
+        states.append(network.base_model(batch.input_ids).last_hidden_state)
+        states[-1].retain_grad()
+        return states[-1][batch.predicts]
+
+    monkeypatch.setattr(loop.batches, "predicting_states", predicting)
+    chosen = rows(6, unlabelled_every=3)
+    gradient(model(), [chosen], settings.model_copy(update=changes), accelerator)
+    learnt = states[0].grad.abs().sum(2) > 0
+    expected = torch.zeros_like(learnt)
+    for i, row in enumerate(chosen):
+        expected[i, row.prompt_length - 1 : len(row.input_ids) - 1] = True
+    assert (learnt == expected).all()
 
 
 def test_prompt_tokens_are_not_learnt(model: Any, rows: Any, settings: Any, accelerator: Any) -> None:
@@ -95,11 +127,13 @@ def run(model: Any, rows: Any, settings: Any, compute: Any, folder: Path, **more
     return weights(trained, folder / "model"), (folder / "curve.csv").read_bytes()
 
 
+@every_method
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_runs_give_equal_bytes_and_learn(
-    dtype: str, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+    dtype: str, changes: dict[str, Any], model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
 ) -> None:
     compute = compute.model_copy(update={"dtype": dtype})
+    settings = settings.model_copy(update=changes)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     first = run(model, rows, settings, compute, tmp_path / "a")
@@ -203,13 +237,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     assert not (tmp_path / "curve.csv").exists()
 
 
-def test_plain_settings_ignore_labels(model: Any, rows: Any, accelerator: Any) -> None:
-    plain = Optimizer(epochs=1, learning_rate=0.01, batch_size=4, warmup=0.0, weight_decay=0.0)
-    chosen = rows(4)
-    for row in chosen:
-        object.__setattr__(row, "weight", 1.0)
-    loss, task, _ = loop.accumulate(model(), [chosen], plain, accelerator)
-    assert loss == pytest.approx(task)
+def test_plain_settings_ignore_labels(model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path) -> None:
+    plain = Optimizer(**settings.model_dump(include=set(Optimizer.model_fields)))
+    for name in ("plain", "task"):
+        (tmp_path / name).mkdir()
+    task = run(model, rows, settings.model_copy(update={"alpha": 0.0, "temperature": 1.0}), compute, tmp_path / "task")
+    assert run(model, rows, plain, compute, tmp_path / "plain") == task
+    assert task != run(model, rows, settings, compute, tmp_path)
 
 
 def test_every_epoch_has_all_rows_in_another_order(

@@ -1,6 +1,6 @@
 """Contracts that public distillation code bases have broken: see each test's name."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from q2t.distillation.losses import completion_loss, cross_entropy, distillation_kl
+from q2t.distillation.losses import Divergence, completion_loss, cross_entropy, distillation, divergence
+
+KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
+every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)
 
 
 def random_logits(tokens: int, vocabulary: int, seed: int, scale: float = 3.0) -> Tensor:
@@ -22,141 +25,205 @@ def top_and_tail(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids, top, logprobs.scatter(1, ids, -torch.inf).logsumexp(1)
 
 
-def full_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    p, q = (teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1)
-    return temperature**2 * (p.exp() * (p - q)).sum(1)
+def full(teacher: Tensor, student: Tensor, temperature: float, kind: str, beta: float) -> Tensor:
+    """Over the whole vocabulary, from probabilities."""
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum(1)
+
+    mixture = beta * p + (1 - beta) * q
+    value = {
+        "forward_kl": kl(p, q),
+        "reverse_kl": kl(q, p),
+        "jsd": beta * kl(p, mixture) + (1 - beta) * kl(q, mixture),
+    }[kind]
+    return temperature**2 * value
 
 
-@settings(deadline=None, max_examples=50)
+def test_every_divergence_is_tested() -> None:
+    assert {kind for kind, _ in KINDS} == set(get_args(Divergence))
+
+
+@settings(deadline=None, max_examples=100)
 @given(
+    st.sampled_from(KINDS),
     st.integers(0, 10**6),
     st.integers(1, 40),
     st.sampled_from([0.5, 1.0, 2.0, 4.0, 20.0]),
     st.sampled_from([1.0, 8.0, 40.0]),
 )
-def test_equal_models_give_zero_at_any_temperature(seed: int, k: int, temperature: float, scale: float) -> None:
-    logits = random_logits(6, 40, seed, scale)
-    kl = distillation_kl(logits, *top_and_tail(logits, k), temperature)
-    assert kl.abs().max() < 1e-9
+def test_equal_models_give_zero_at_any_temperature(
+    how: tuple[str, float], seed: int, k: int, temperature: float, scale: float
+) -> None:
+    """And no gradient either."""
+    logits = random_logits(6, 40, seed, scale).requires_grad_()
+    loss = distillation(logits, *top_and_tail(logits.detach(), k), temperature, *how)
+    assert loss.abs().max() < 1e-9
+    loss.sum().backward()
+    assert logits.grad is not None and logits.grad.abs().max() < 1e-9 * max(1, temperature)
 
 
-def test_a_shift_by_one_is_seen() -> None:
+@every_kind
+def test_a_shift_by_one_is_seen(kind: Any, beta: float) -> None:
     logits = random_logits(8, 40, 1)
     ids, top, tail = top_and_tail(logits, 10)
-    assert distillation_kl(logits[:-1], ids[1:], top[1:], tail[1:], 1.0).min() > 0.1
+    assert distillation(logits[:-1], ids[1:], top[1:], tail[1:], 1.0, kind, beta).min() > 0.1 * beta * (1 - beta)
 
 
-def test_top_k_and_tail_rise_to_the_full_kl() -> None:
+@every_kind
+def test_top_k_and_tail_rise_to_the_full_divergence(kind: Any, beta: float) -> None:
     teacher, student = random_logits(20, 64, 2), random_logits(20, 64, 3)
-    full = full_kl(teacher, student, 1.0)
-    previous = torch.zeros_like(full)
+    whole = full(teacher, student, 1.0, kind, beta)
+    previous = torch.zeros_like(whole)
     for k in (1, 2, 4, 8, 16, 32, 63, 64):
-        kl = distillation_kl(student, *top_and_tail(teacher, k), 1.0)
-        assert (kl >= previous - 1e-12).all() and (kl <= full + 1e-9).all()
-        previous = kl
-    torch.testing.assert_close(previous, full)
+        loss = distillation(student, *top_and_tail(teacher, k), 1.0, kind, beta)
+        assert (loss >= previous - 1e-12).all() and (loss <= whole + 1e-9).all()
+        previous = loss
+    torch.testing.assert_close(previous, whole)
 
 
+@every_kind
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_k_of_the_whole_vocabulary_is_the_full_kl(temperature: float) -> None:
+def test_k_of_the_whole_vocabulary_is_the_full_divergence(temperature: float, kind: Any, beta: float) -> None:
     teacher, student = random_logits(5, 16, 4), random_logits(5, 16, 5).requires_grad_()
-    kl = distillation_kl(student, *top_and_tail(teacher, 16), temperature)
-    torch.testing.assert_close(kl, full_kl(teacher, student, temperature))
-    kl.sum().backward()
+    loss = distillation(student, *top_and_tail(teacher, 16), temperature, kind, beta)
+    torch.testing.assert_close(loss, full(teacher, student, temperature, kind, beta))
+    loss.sum().backward()
     assert student.grad is not None and student.grad.isfinite().all()
 
 
-def test_the_tail_counts() -> None:
+def test_jensen_shannon_has_the_two_kls_as_limits() -> None:
+    """GKD, arXiv 2306.13649: divided by beta, or by 1 - beta."""
+    teacher, student = (random_logits(20, 64, seed, scale=1.0).log_softmax(1) for seed in (2, 3))
+    for beta, share, kind in ((1e-6, 1e-6, "forward_kl"), (1 - 1e-6, 1e-6, "reverse_kl")):
+        limit = divergence(teacher, student, kind, 0.5)  # type: ignore[arg-type]
+        torch.testing.assert_close(divergence(teacher, student, "jsd", beta) / share, limit, rtol=1e-2, atol=1e-2)
+    half = divergence(teacher, student, "jsd", 0.5)
+    torch.testing.assert_close(half, divergence(student, teacher, "jsd", 0.5))
+    assert (half < torch.tensor(2.0).log()).all()
+
+
+def test_the_two_kls_are_each_others_mirror() -> None:
+    teacher, student = (random_logits(20, 64, seed).log_softmax(1) for seed in (2, 3))
+    forward, reverse = divergence(teacher, student, "forward_kl", 0.5), divergence(student, teacher, "reverse_kl", 0.5)
+    torch.testing.assert_close(forward, reverse)
+    assert not torch.allclose(forward, divergence(teacher, student, "reverse_kl", 0.5))
+
+
+@every_kind
+def test_the_tail_counts(kind: Any, beta: float) -> None:
     """Renormalised top-k would see no difference between these two students."""
     teacher = random_logits(4, 30, 6)
     ids, top, tail = top_and_tail(teacher, 5)
     student = teacher + 2.0
     student.scatter_(1, ids, teacher.gather(1, ids))
-    assert distillation_kl(student, ids, top, tail, 1.0).min() > 0.01
+    assert distillation(student, ids, top, tail, 1.0, kind, beta).min() > 0.01 * beta * (1 - beta)
 
 
 def eager(
-    hidden: Tensor, head: Tensor, targets: Tensor, labels: tuple[Tensor, ...], weights: Tensor, *terms: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    alpha, temperature = terms
+    hidden: Tensor, head: Tensor, targets: Tensor, labels: tuple[Tensor, ...], weights: tuple[Tensor, Tensor], *how: Any
+) -> tuple[Tensor, ...]:
     logits = hidden @ head.T
     labelled = (labels[0] >= 0).any(1)
-    ce, kl = cross_entropy(logits, targets), torch.zeros(len(targets), dtype=hidden.dtype)
+    ce, kd = cross_entropy(logits, targets), torch.zeros(len(targets), dtype=hidden.dtype)
     if labelled.any():
-        kl[labelled] = distillation_kl(logits[labelled], *(part[labelled] for part in labels), temperature)
-    task = torch.where(labelled, 1 - alpha, 1.0)
-    return (weights * (task * ce + alpha * kl)).sum(), ce.sum(), kl.sum()
+        kd[labelled] = distillation(logits[labelled], *(part[labelled] for part in labels), *how)
+    task, distilled = weights
+    return ((task * ce + distilled * kd).sum(), ce.sum(), kd.sum(), (task * ce).sum(), (distilled * kd).sum())
 
 
 def problem(tokens: int, vocabulary: int, k: int, dtype: torch.dtype) -> dict[str, Any]:
+    """A third of the tokens has no labels; of the weights some are 0."""
     generator = torch.Generator().manual_seed(tokens + vocabulary + k)
     ids, top, tail = top_and_tail(random_logits(tokens, vocabulary, 9), k)
     ids[::3] = -1
+    task, distilled = (torch.rand(tokens, generator=generator, dtype=dtype) for _ in range(2))
+    task[1::4], distilled[2::4] = 0, 0
     return {
         "hidden": torch.randn(tokens, 12, generator=generator, dtype=dtype),
         "head": torch.randn(vocabulary, 12, generator=generator, dtype=dtype),
         "targets": torch.randint(0, vocabulary, (tokens,), generator=generator),
         "labels": (ids, top.to(dtype), tail.to(dtype)),
-        "weights": torch.rand(tokens, generator=generator, dtype=dtype),
+        "weights": (task, distilled),
     }
 
 
+@every_kind
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("k", [0, 1, 5, 49, 50])
-def test_chunked_is_eager(k: int, chunk: int) -> None:
+def test_chunked_is_eager(k: int, chunk: int, kind: Any, beta: float) -> None:
     p = problem(23, 50, k, torch.float32)
-    gradients = []
-    losses = []
+    found = []
     for fused in (False, True):
         hidden, head = (p[name].clone().requires_grad_() for name in ("hidden", "head"))
+        terms: tuple[Tensor, ...]
         if fused:
-            terms = completion_loss(hidden, head, p["targets"], *p["labels"], p["weights"], 0.7, 2.5, chunk)
-            total, ce, kl = terms.total, terms.cross_entropy, terms.kl
-            torch.testing.assert_close(terms.weighted_cross_entropy + terms.weighted_kl, total)
+            terms = completion_loss(hidden, head, p["targets"], *p["labels"], *p["weights"], 2.5, chunk, kind, beta)
         else:
-            total, ce, kl = eager(hidden, head, p["targets"], p["labels"], p["weights"], 0.7, 2.5)
-        total.backward()
-        gradients.append((hidden.grad, head.grad))
-        losses.append((total.detach(), ce.detach(), kl.detach()))
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)
+            terms = eager(hidden, head, p["targets"], p["labels"], p["weights"], 2.5, kind, beta)
+        terms[0].backward()
+        found.append([*(term.detach() for term in terms), hidden.grad, head.grad])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
+@every_kind
 @pytest.mark.parametrize("k", [0, 3, 19, 20])
-def test_gradient_by_finite_differences(k: int) -> None:
-    p = problem(5, 20, k, torch.float64)
+def test_gradient_by_finite_differences(k: int, kind: Any, beta: float) -> None:
+    p = problem(6, 20, k, torch.float64)
     hidden, head = p["hidden"].requires_grad_(), p["head"].requires_grad_()
 
     def total(hidden: Tensor, head: Tensor) -> Tensor:
-        return completion_loss(hidden, head, p["targets"], *p["labels"], p["weights"], 0.4, 3.0, 2).total
+        return completion_loss(hidden, head, p["targets"], *p["labels"], *p["weights"], 3.0, 2, kind, beta).total
 
     assert torch.autograd.gradcheck(total, (hidden, head))
 
 
-def test_a_sure_teacher_keeps_its_tail() -> None:
+@every_kind
+def test_a_token_without_weight_or_labels_is_not_learnt(kind: Any, beta: float) -> None:
+    p = problem(24, 50, 5, torch.float64)
+    hidden = p["hidden"].requires_grad_()
+    terms = completion_loss(hidden, p["head"], p["targets"], *p["labels"], *p["weights"], 2.0, 8, kind, beta)
+    terms.total.backward()
+    unlabelled, (task, distilled) = (p["labels"][0] < 0).any(1), p["weights"]
+    still = (task == 0) & (unlabelled | (distilled == 0))
+    assert still.sum() == 2 and hidden.grad is not None
+    assert (hidden.grad.abs().sum(1) == 0).tolist() == still.tolist()
+
+
+@every_kind
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 20.0])
+def test_extreme_logits_stay_finite(temperature: float, kind: Any, beta: float) -> None:
+    """A sure student, a sure teacher, and both sure of different tokens, in float32."""
+    student, teacher = random_logits(9, 30, 7).float(), random_logits(9, 30, 8)
+    student[:6, 3] += 300
+    teacher[3:, 4] += 300
+    labels = [part if part.dtype == torch.int64 else part.float() for part in top_and_tail(teacher, 2)]
+    student.requires_grad_()
+    weights = torch.ones(2, 9).unbind()
+    terms = completion_loss(student, torch.eye(30), torch.full((9,), 5), *labels, *weights, temperature, 4, kind, beta)
+    terms.total.backward()
+    assert all(term.isfinite() for term in terms) and terms.distillation > 0
+    assert student.grad is not None and student.grad.isfinite().all()
+
+
+@every_kind
+def test_a_sure_teacher_keeps_its_tail(kind: Any, beta: float) -> None:
     """Tail masses of e^-50 vanish in 1 - sum, but not here: at T = 20 they weigh again."""
     teacher = random_logits(4, 30, 7)
     teacher[:, 3] += 60
     ids, top, tail = top_and_tail(teacher, 2)
     assert tail.max() < -40
-    kl = completion_loss(
-        teacher.float(),
-        torch.eye(30),
-        torch.full((4,), 3),
-        ids,
-        top.float(),
-        tail.float(),
-        torch.ones(4),
-        1.0,
-        20.0,
-        8,
-    ).kl
-    assert kl.abs() < 1e-3
+    labels, weights = (ids, top.float(), tail.float()), (torch.zeros(4), torch.ones(4))
+    targets = torch.full((4,), 3)
+    loss = completion_loss(teacher.float(), torch.eye(30), targets, *labels, *weights, 20.0, 8, kind, beta).distillation
+    assert loss.abs() < 1e-3
 
 
-def test_bfloat16_products_are_near() -> None:
+@every_kind
+def test_bfloat16_products_are_near(kind: Any, beta: float) -> None:
     p = problem(64, 50, 5, torch.float32)
-    arguments = (p["hidden"], p["head"], p["targets"], *p["labels"], p["weights"], 0.5, 2.0, 32)
+    arguments = (p["hidden"], p["head"], p["targets"], *p["labels"], *p["weights"], 2.0, 32, kind, beta)
     exact = completion_loss(*arguments).total
     with torch.autocast("cpu", torch.bfloat16):
         rounded = completion_loss(*arguments).total
