@@ -135,16 +135,50 @@ class Label(Section):
     batch_size: int = Field(gt=0)
 
 
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+Domain = Literal["target", "general"]
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+class Phase(Section):
+    """What a part of a training run does otherwise than its section says; a key that is not given stays."""
+
+    epochs: int | None = Field(default=None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
+    schedule: Schedule | None = None
+    warmup: float | None = Field(default=None, ge=0, lt=1)
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    temperature: float | None = Field(default=None, gt=0)
+    divergence: Divergence | None = None
+    beta: float | None = Field(default=None, gt=0, lt=1)
+    domains: list[Domain] | None = Field(default=None, min_length=1)
+    share: float | None = Field(default=None, gt=0, le=1)
+
+
 class Distill(Optimizer):
     seed: int
     """Of the rows' order; apart from the run's own, so that a spread over seeds trains again and nothing else."""
     alpha: float = Field(ge=0, le=1)
     """Weight of the distillation loss; the task loss has 1 - alpha."""
     temperature: float = Field(gt=0)
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"]
+    divergence: Divergence
     """What the distillation loss is of teacher and student; see `distillation.losses.divergence`."""
     beta: float = Field(gt=0, lt=1)
     """The teacher's share in jsd's mixture; the other divergences have none."""
+    schedule: Schedule
+    """Of the learning rate after the warm-up."""
+    spike_factor: float | None = Field(gt=1)
+    """A step whose gradient's norm is above so many times the running median is skipped; null skips none."""
+    domains: list[Domain] = Field(min_length=1)
+    """Whose rows are learnt from."""
+    share: float = Field(gt=0, le=1)
+    """Of these rows."""
+    phases: list[Phase]
+    """One after the other, each with warm-up and optimiser state of its own; none is one phase of this section's."""
+
+    def in_phases(self) -> "list[Distill]":
+        """The settings of each phase."""
+        return [self.model_copy(update=phase.model_dump(exclude_none=True)) for phase in self.phases or [Phase()]]
 
 
 class Prune(Distill):

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from q2t.config import Compute, Distill, Optimizer
-from q2t.distillation import batches
+from q2t.distillation import batches, phases
 from q2t.distillation.labels import Row
 from q2t.distillation.losses import Terms, completion_loss
 
-MICRO_BATCH = 4
-"""Rows of a forward pass, at most, all near in length. The fewer, the less padding; and a step of several mixes
-lengths, and so families."""
 LOGITS = 2**24
 """Logits that exist at one time, 64 MB in float32."""
 CURVE = ("step", "loss", "cross_entropy", "kl", "learning_rate", "gradient_norm")
+MORE = ("phase", "skipped")
+"""Columns of the curve where there are phases or spikes are skipped."""
+WINDOW = 50
+"""Steps that a gradient's norm is compared with."""
+FEWEST = 10
+"""Steps of a phase before any is skipped."""
 
 
 def train(
@@ -39,7 +43,7 @@ def train(
     curve: Path,
     save_every: int = 50,
 ) -> Any:
-    """Train all weights in place by AdamW, linear warm-up and decay, and gradient clipping at 1.0.
+    """Train all weights in place by AdamW, warm-up and decay, and gradient clipping at 1.0, phase after phase.
 
     Killed and called again with the same arguments, it goes on from the last checkpoint and gives the bytes
     of an uninterrupted run. With `compute.dtype` bfloat16, matrix products run in it and the weights stay
@@ -53,12 +57,12 @@ def train(
             delete once the model is published.
         curve: the CSV, one line per step: `loss` is what is minimised, the other two are before weighting
             (`kl` is whichever divergence was chosen), all in nats per completion token of the step; the
-            gradient's norm is before clipping.
+            gradient's norm is before clipping. With phases or a spike_factor there are the columns MORE.
         save_every: steps between checkpoints.
 
     Raises:
         ValueError: the loss or the gradient is not finite; names the step and the rows. The weights are
-            those before that step.
+            those before that step. Or a phase has no rows.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -87,32 +91,32 @@ def train(
         lr=settings.learning_rate,
         fused=True,
     )
-    lengths = [len(row.input_ids) for row in rows]
-    micro_batch = max(n for n in range(1, MICRO_BATCH + 1) if settings.batch_size % n == 0)
-    plan = [
-        step
-        for epoch in range(settings.epochs)
-        for step in batches.plan(lengths, settings.batch_size, micro_batch, seed=seed, epoch=epoch)
-    ]
-    tokens = [sum(lengths[i] for micro in step for i in micro) for step in plan]
+    plan = phases.plan(rows, settings, seed=seed)
+    tokens = [sum(len(rows[i].input_ids) for micro in step.micro_batches for i in micro) for step in plan]
     first, lines = _resume(checkpoints, model, optimizer)
     bar = tqdm(total=sum(tokens), initial=sum(tokens[:first]), desc="train", unit="tok", unit_scale=True)
     with bar:
         for step in range(first, len(plan)):
             # Per step, so that a resumed run draws what an uninterrupted one would (dropout).
             torch.manual_seed(seed * 1_000_003 + step)
-            micro_batches = [[rows[i] for i in micro] for micro in plan[step]]
-            terms = accumulate(model, micro_batches, settings, accelerator, step)
+            planned = plan[step]
+            if planned.place == 0:  # moments of another loss would steer this phase's first steps
+                optimizer.state.clear()
+            micro_batches = [[rows[i] for i in micro] for micro in planned.micro_batches]
+            terms = accumulate(model, micro_batches, planned.settings, accelerator, step)
             norm = float(accelerator.clip_grad_norm_(model.parameters(), 1.0))
             if not math.isfinite(norm):
                 raise _not_finite("gradient", norm, step, [row for micro in micro_batches for row in micro])
-            rate = settings.learning_rate * schedule(step, len(plan), settings.warmup)
+            earlier = [float(line[CURVE.index("gradient_norm")]) for line in lines[step - planned.place :]]
+            skipped = is_spike(norm, earlier, settings.spike_factor)
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+                group["lr"] = planned.learning_rate
+            if not skipped:
+                optimizer.step()
             optimizer.zero_grad()
-            values = (terms.total, terms.cross_entropy, terms.distillation, rate, norm)
-            lines.append([str(step + 1), *(f"{value:.9g}" for value in values)])
+            values = (terms.total, terms.cross_entropy, terms.distillation, planned.learning_rate, norm)
+            numbers = [f"{value:.9g}" for value in values]
+            lines.append([str(step + 1), *numbers, str(planned.phase), str(int(skipped))])
             bar.update(tokens[step])
             bar.set_postfix(step=f"{step + 1}/{len(plan)}", loss=f"{terms.total:.4f}", refresh=False)
             if (step + 1) % save_every == 0:
@@ -120,7 +124,9 @@ def train(
     model.set_attn_implementation(attention)
     curve.parent.mkdir(parents=True, exist_ok=True)
     partial = curve.with_name(curve.name + ".partial")
-    partial.write_text("".join(",".join(line) + "\n" for line in [CURVE, *lines]), encoding="utf-8")
+    columns = CURVE + MORE if settings.phases or settings.spike_factor else CURVE
+    text = "".join(",".join(line[: len(columns)]) + "\n" for line in [columns, *lines])
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, curve)
     return model.eval()
 
@@ -177,14 +183,23 @@ def _cross_entropy_only(settings: Optimizer) -> Distill:
         temperature=1.0,
         divergence="forward_kl",
         beta=0.5,
+        schedule="linear",
+        spike_factor=None,
+        domains=["target", "general"],
+        share=1.0,
+        phases=[],
     )
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Factor on the learning rate at a step from 0: linear warm-up over a share of the steps, linear decay to
-    0."""
-    warm = round(warmup * steps)
-    return (step + 1) / (warm + 1) if step < warm else (steps - step) / (steps - warm)
+def is_spike(norm: float, earlier: Sequence[float], factor: float | None) -> bool:
+    """Whether a gradient's norm is above `factor` times the median of the phase's last ones, skipped ones among them.
+
+    PaLM leaves the batches of a spike out, since only together with the weights of that time they do harm (arXiv
+    2204.02311, 5.1); it goes back for that, where here the step has not been taken yet. After half a window of high
+    norms these are the median, and training goes on.
+    """
+    recent = earlier[-WINDOW:]
+    return factor is not None and len(recent) >= FEWEST and norm > factor * statistics.median(recent)
 
 
 def _not_finite(what: str, value: float, step: int, rows: Sequence[Row]) -> ValueError:

@@ -7,15 +7,16 @@ gradient.
 """
 
 import math
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from q2t.config import Divergence
+
 FLOOR = -1e4
 """Log-probability of an empty bucket: its exponential is 0, and so is 0 * FLOOR, where 0 * -inf is nan."""
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 T = TypeVar("T", Tensor, float)

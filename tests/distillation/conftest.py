@@ -101,6 +101,11 @@ SETTINGS = Distill(
     temperature=2.0,
     divergence="forward_kl",
     beta=0.5,
+    schedule="linear",
+    spike_factor=None,
+    domains=["target", "general"],
+    share=1.0,
+    phases=[],
 )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from q2t.config import Optimizer
+from q2t.config import Optimizer, Phase
 from q2t.distillation import loop
 from q2t.distillation.batches import collate
 
@@ -21,6 +21,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "reverse_kl": {"divergence": "reverse_kl", "temperature": 1.0},
     "jsd": {"divergence": "jsd", "beta": 0.3},
     "labels alone": {"alpha": 1.0},
+    "cosine": {"schedule": "cosine", "spike_factor": 20.0},
 }
 every_method = pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
 
@@ -139,7 +140,7 @@ def test_two_runs_give_equal_bytes_and_learn(
     first = run(model, rows, settings, compute, tmp_path / "a")
     assert first == run(model, rows, settings, compute, tmp_path / "b", save_every=1000)
     lines = [line.split(",") for line in first[1].decode().splitlines()]
-    assert lines[0] == list(loop.CURVE)
+    assert lines[0] == [*loop.CURVE, *(loop.MORE if settings.spike_factor else ())]
     assert [line[0] for line in lines[1:]] == [str(i + 1) for i in range(12)]
     losses = [float(line[1]) for line in lines[1:]]
     assert sum(losses[-3:]) < sum(losses[:3])
@@ -262,12 +263,96 @@ def test_every_epoch_has_all_rows_in_another_order(
     assert first != second
 
 
-def test_schedule() -> None:
-    factors = [loop.schedule(step, 100, 0.1) for step in range(100)]
-    assert factors[10] == 1.0 == max(factors)
-    assert factors[0] == pytest.approx(1 / 11) and factors[-1] == pytest.approx(1 / 90)
-    assert np.allclose(np.diff(factors, 2)[[*range(8), *range(12, 98)]], 0)
-    assert loop.schedule(0, 5, 0.0) == 1.0
+PHASED = [Phase(epochs=1, alpha=1.0), Phase(epochs=1, learning_rate=0.002, schedule="cosine", share=0.5, alpha=0.0)]
+
+
+@pytest.mark.parametrize("killed_at", [2, 6, 7])
+def test_a_run_killed_inside_any_phase_goes_on_to_the_same_bytes(
+    killed_at: int,
+    model: Any,
+    rows: Any,
+    settings: Any,
+    compute: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Six steps and three, with a checkpoint every second step, so on the border too; one curve."""
+    settings = settings.model_copy(update={"phases": PHASED})
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = run(model, rows, settings, compute, tmp_path / "whole", save_every=1000)
+    accumulate = loop.accumulate
+
+    def killed(*arguments: Any) -> Any:
+        if arguments[-1] == killed_at:
+            raise KeyboardInterrupt
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(loop, "accumulate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, rows, settings, compute, tmp_path / "killed", save_every=2)
+    monkeypatch.setattr(loop, "accumulate", accumulate)
+    assert run(model, rows, settings, compute, tmp_path / "killed", save_every=2) == whole
+    lines = [line.split(",") for line in whole[1].decode().splitlines()]
+    assert lines[0] == [*loop.CURVE, *loop.MORE]
+    assert [(line[0], line[6], line[7]) for line in lines[1:]] == [
+        (str(i + 1), "1" if i < 6 else "2", "0") for i in range(9)
+    ]
+
+
+def test_a_phase_starts_with_fresh_moments(
+    model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two phases give what two runs, one after the other, give."""
+    plan = loop.phases.plan
+    phased = settings.model_copy(update={"phases": PHASED})
+    for name in ("both", "first", "second"):
+        (tmp_path / name).mkdir()
+    both = run(model, rows, phased, compute, tmp_path / "both")
+    network = model()
+    for phase, name in ((1, "first"), (2, "second")):
+
+        def only(*arguments: Any, phase: int = phase, **named: Any) -> Any:
+            return [step for step in plan(*arguments, **named) if step.phase == phase]
+
+        monkeypatch.setattr(loop.phases, "plan", only)
+        apart = run(lambda: network, rows, phased, compute, tmp_path / name)
+    assert apart[0] == both[0]
+
+
+def test_a_spike_is_skipped_and_counted(
+    model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and moments are those of before; the next step is taken."""
+    accumulate, before = loop.accumulate, {}
+
+    def spiky(network: Any, micro_batches: Any, *rest: Any) -> Any:
+        before[rest[-1]] = network.model.norm.weight.detach().clone()
+        terms = accumulate(network, micro_batches, *rest)
+        if rest[-1] == 10:
+            for parameter in network.parameters():
+                parameter.grad *= 1000
+        return terms
+
+    monkeypatch.setattr(loop, "accumulate", spiky)
+    _, curve = run(model, rows, settings.model_copy(update={"spike_factor": 50.0}), compute, tmp_path)
+    lines = [line.split(",") for line in curve.decode().splitlines()]
+    assert [line[-1] for line in lines] == ["skipped", *["0"] * 10, "1", "0"]
+    assert (before[10] == before[11]).all() and (before[9] != before[10]).any()
+
+
+def test_a_spike_is_one_against_the_running_median() -> None:
+    norms = [1.0] * 5 + [3.0] * 6
+    assert loop.is_spike(31.0, norms, 10.0) and not loop.is_spike(29.0, norms, 10.0)
+    assert not loop.is_spike(31.0, norms, None)
+    assert not loop.is_spike(1e9, [1.0] * (loop.FEWEST - 1), 10.0)
+    # A level that lasts is no spike: after half a window training goes on.
+    norms = [1.0] * 100
+    skipped = 0
+    while loop.is_spike(100.0, norms, 10.0):
+        norms.append(100.0)
+        skipped += 1
+    assert skipped == loop.WINDOW // 2
 
 
 def test_tied_embeddings_stay_tied(model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path) -> None:

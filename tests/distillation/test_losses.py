@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from q2t.distillation.losses import Divergence, completion_loss, cross_entropy, distillation, divergence
+from q2t.config import Divergence
+from q2t.distillation.losses import completion_loss, cross_entropy, distillation, divergence
 
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
 every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)

@@ -1,0 +1,84 @@
+"""The plan of a run: its phases, each with rows, losses and learning rate of its own, and their steps in one line."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from q2t.config import Distill
+from q2t.distillation import batches
+from q2t.distillation.labels import Row
+from q2t.records import content_id
+
+MICRO_BATCH = 4
+"""Rows of a forward pass, at most, all near in length. The fewer, the less padding; and a step of several mixes
+lengths, and so families."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step. A function of rows, settings and seed alone, so that a resumed run needs no state of it."""
+
+    phase: int
+    """From 1."""
+    place: int
+    """Steps of the phase before this one."""
+    settings: Distill
+    """The phase's."""
+    learning_rate: float
+    micro_batches: list[list[int]]
+    """Indices of rows."""
+
+
+def plan(rows: Sequence[Row], settings: Distill, *, seed: int) -> list[Step]:
+    """All steps of all phases. Epochs are counted through, so that no two have the same order.
+
+    Raises:
+        ValueError: a phase has no rows.
+    """
+    found: list[Step] = []
+    epoch = 0
+    for number, phase in enumerate(settings.in_phases(), 1):
+        chosen = select(rows, phase, seed)
+        lengths = [len(rows[i].input_ids) for i in chosen]
+        micro_batch = max(n for n in range(1, MICRO_BATCH + 1) if phase.batch_size % n == 0)
+        steps = [
+            [[chosen[i] for i in micro] for micro in step]
+            for e in range(epoch, epoch + phase.epochs)
+            for step in batches.plan(lengths, phase.batch_size, micro_batch, seed=seed, epoch=e)
+        ]
+        epoch += phase.epochs
+        for place, micro_batches in enumerate(steps):
+            rate = phase.learning_rate * schedule(place, len(steps), phase.warmup, phase.schedule)
+            found.append(Step(number, place, phase, rate, micro_batches))
+    return found
+
+
+def select(rows: Sequence[Row], settings: Distill, seed: int) -> list[int]:
+    """Indices of the rows that are learnt from, in order: those of the domains, and of these a share.
+
+    Ids and seed alone decide which, and a larger share contains the smaller ones.
+
+    Raises:
+        ValueError: there is no row of these domains.
+    """
+    chosen = [i for i, row in enumerate(rows) if row.domain in settings.domains]
+    if not chosen:
+        raise ValueError(
+            f"domains is {settings.domains}, and no training row is of these: name a domain that "
+            "filter.target_share leaves rows of"
+        )
+    drawn = sorted(chosen, key=lambda i: content_id(seed, rows[i].id))
+    return sorted(drawn[: max(1, round(settings.share * len(drawn)))])
+
+
+def schedule(step: int, steps: int, warmup: float, shape: Literal["linear", "cosine", "constant"] = "linear") -> float:
+    """Factor on the learning rate at a step from 0: linear warm-up over a share of the steps, then the shape.
+
+    linear and cosine (SGDR without restarts, arXiv 1608.03983) end one step before 0.
+    """
+    warm = round(warmup * steps)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    left = (steps - step) / (steps - warm)
+    return {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[shape]
