@@ -122,6 +122,9 @@ def test_merged_digits_against_single_digits() -> None:
     assert spans.counts.shares() == {"merged_share": 0.25, "numeral_share": 0.25, "merged_numeral_share": 1.0}
     assert len(spans.matched) == 2 and spans.kind.tolist() == [0, 1, 0, 0] * 2
 
+    some = [row(name, "is 4700 V5") for name in ("merged digits", "single digits")]
+    assert align_rows(some[:1], some[1:], *vocabularies).counts == (5, 1, 2, 1), "5 is one token for both"
+
     # The same from the other side, whose tokens are counted.
     spans = align_rows([theirs], [ours], *reversed(vocabularies))
     assert spans.counts == (8, 5, 4, 4)
@@ -186,9 +189,9 @@ def test_overlap_tells_numerals_apart() -> None:
 
 
 def test_vocabularies_of_one_size_with_other_ids_are_refused(tokenizer) -> None:
-    ours, theirs = tokenizer(), tokenizer(("<|im_end|>", "<|endoftext|>", "<|im_start|>"))
+    ours, theirs = tokenizer(), tokenizer(("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
     assert len(ours) == len(theirs) and not same_vocabulary(ours, theirs)
-    with pytest.raises(ValueError, match=r"kl needs one vocabulary, but token '<\|endoftext\|>' has id 0 .* and 1 "):
+    with pytest.raises(ValueError, match=r"kl needs one vocabulary, but token '<\|endoftext\|>' has id 0 .* and 2 "):
         check_same_vocabulary(ours, theirs, "kl")
     assert same_vocabulary(ours, tokenizer())
     check_same_vocabulary(ours, tokenizer(), "kl")

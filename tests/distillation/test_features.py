@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ LAYERS = [0, 1, 2, 3]
 MAPS = [1, 2, 3]
 
 
-def tiny(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: int) -> Any:
+def tiny(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: float) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2) | changes
@@ -101,8 +102,7 @@ def test_gradient_reaches_states_at_predicting_positions_alone(rows):
 
 
 def test_the_teacher_gets_no_gradient_and_no_dropout(rows):
-    batch, teacher = collate(rows(2)), tiny(1).train()
-    teacher.config.attention_dropout = 0.5
+    batch, teacher = collate(rows(2)), tiny(1, attention_dropout=0.5).train()
     first, second = (teacher_states(teacher, batch, [2], [2]) for _ in range(2))
     assert not first.hidden[0].requires_grad and not first.attentions[0].requires_grad
     torch.testing.assert_close(first, second, rtol=0, atol=0)
@@ -271,3 +271,14 @@ def test_other_tokens_are_refused(examples, tokenizer):
     some = examples(3)
     with pytest.raises(ValueError, match="row e0: the student reads .* where the teacher reads .* leave the feature"):
         in_teacher_ids(encode(tokenizer(), some), tokenizer(), train_tokenizer(["think" * 9], 270))
+
+
+def test_as_many_tokens_are_not_the_same_tokens():
+    from q2t.distillation.labels import Row
+
+    student, teacher = (train_tokenizer([f"{pair} "] * 9, 260) for pair in ("ab", "bc"))
+    ids = student("xabc").input_ids
+    assert len(ids) == len(teacher("xabc").input_ids)
+    row = Row("r", "target", "f", 1.0, np.array([*ids, student.eos_token_id], np.int32), 1)
+    with pytest.raises(ValueError, match="row r: the student reads 'ab' where the teacher reads 'a'"):
+        in_teacher_ids([row], student, teacher)
