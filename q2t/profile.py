@@ -34,6 +34,8 @@ def apply(name: str, params: Path = Path("params.yaml"), profiles: Path = PROFIL
         raise ValueError(f"there is no {params} here: change to the repository's root")
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 1000
+    # By default it writes nothing for null, on lines that no profile touches.
+    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     tree, indent, offset = load_yaml_guess_indent(params.read_text(encoding="utf-8"), yaml=yaml)
     yaml.indent(sequence=indent, offset=offset)
     changed = merge(tree, yaml.load(profiles / f"{name}.yaml") or {}, profile=name)
