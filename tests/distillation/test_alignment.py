@@ -200,3 +200,9 @@ def test_vocabularies_of_one_size_with_other_ids_are_refused(tokenizer) -> None:
     theirs.eos_token = "<|endoftext|>"
     with pytest.raises(ValueError, match=r"texts end on '<\|im_end\|>' and the teacher's on '<\|endoftext\|>'"):
         check_same_vocabulary(ours, theirs, "kl")
+
+
+def test_added_tokens_are_text_and_not_an_alphabet_of_bytes() -> None:
+    tokenizer = byte_level(300, single_digits=True)
+    tokenizer.add_tokens(["<｜think｜> µ"])
+    assert Vocabulary(tokenizer).pieces[len(tokenizer) - 1] == "<｜think｜> µ".encode()
