@@ -5,7 +5,7 @@ params.yaml is read as YAML 1.2, as DVC writes it (after `-S lr=5e-5` a YAML 1.1
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -110,6 +110,16 @@ class Teacher(Section):
     batch_size: int = Field(gt=0)
 
 
+class Weights(Section):
+    """What rows count in the loss, against each other: the product of the three."""
+
+    domain: dict[Literal["target", "general"], Annotated[float, Field(gt=0)]] = Field(min_length=2)
+    teacher: dict[str, Annotated[float, Field(gt=0)]]
+    """By name; 1 for those that are not named."""
+    difficulty: float
+    """Power of 1 / the share of a problem's answers that are right: above 0, rows of hard problems count more."""
+
+
 class Filter(Section):
     teachers: list[str] = Field(min_length=1)
     """Whose generations are read, by name."""
@@ -119,6 +129,15 @@ class Filter(Section):
     """Longer answers are rejected."""
     keep_incorrect: bool
     """True trains on unverified answers: the control."""
+    weights: Weights
+
+    @model_validator(mode="after")
+    def _weighted_teachers_are_read(self) -> "Filter":
+        if unknown := [name for name in self.weights.teacher if name not in self.teachers]:
+            raise ValueError(
+                f"weights.teacher names {unknown}, which are not among teachers: {', '.join(self.teachers)}"
+            )
+        return self
 
 
 class Initialize(Section):

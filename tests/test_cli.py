@@ -52,7 +52,12 @@ teachers:
     top_p: 0.9
     max_new_tokens: 9
     batch_size: 2
-filter: {teachers: [expert], target_share: 0.8, max_tokens: 99, keep_incorrect: false}
+filter:
+  teachers: [expert]
+  target_share: 0.8
+  max_tokens: 99
+  keep_incorrect: false
+  weights: {domain: {target: 1.0, general: 1.0}, teacher: {}, difficulty: 0.0}
 initialize: {model: models/teacher, layers: 2, vocabulary: 400, calibration_rows: 4}
 label: {top_k: 5, batch_size: 2}
 distill:

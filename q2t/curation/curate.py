@@ -10,6 +10,7 @@ from q2t.config import Filter
 from q2t.curation import rules
 from q2t.curation.duplicates import HeldOut, PromptIndex, normalize_answer, operands
 from q2t.curation.mixing import mix
+from q2t.curation.weights import weigh
 from q2t.records import Completion, Example, Json, Problem, Record
 
 Reason = Literal[
@@ -56,7 +57,7 @@ def curate(
     """Judge every answer, drop duplicates and give-aways of `held_out`, and mix target with general rows.
 
     The order of `completions` does not matter. With `settings.keep_incorrect` the verifier is not asked, and
-    what it alone would reject stays: the control.
+    what it alone would reject stays: the control, where every answer counts as right.
 
     Raises:
         ValueError: an answer to a problem that is not among `problems`, or too few rows for the mix.
@@ -67,6 +68,8 @@ def curate(
     rejected: list[Rejected] = []
     rows = sorted(completions, key=lambda row: (row.problem_id, row.sample, row.id))
     answers = {row.id: row for row in rows}
+    asked = Counter(row.problem_id for row in rows)
+    right: Counter[str] = Counter()
     for row in rows:
         if row.problem_id not in by_id:
             raise ValueError(
@@ -75,6 +78,7 @@ def curate(
             )
         problem = by_id[row.problem_id]
         verdict = judge.reject(problem, row)
+        right[problem.id] += verdict is None or verdict[0] == "duplicate"
         if verdict is None:
             kept.append(_example(problem, row))
         else:
@@ -87,7 +91,8 @@ def curate(
             _rejected(by_id[example.problem_id], answers[example.id], "surplus", f"share_{settings.target_share}")
         )
     rejected.sort(key=lambda row: row.id)
-    return Curated(examples, rejected, _count(examples, rejected))
+    verified = {name: count / asked[name] for name, count in right.items()}
+    return Curated(weigh(examples, verified, settings.weights), rejected, _count(examples, rejected))
 
 
 class _Judge:

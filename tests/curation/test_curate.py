@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from q2t.config import Filter
+from q2t.config import Filter, Weights
 from q2t.curation.curate import Curated, Rejected, curate
 from q2t.records import Completion, Problem, Verdict, content_id, dump_line
 
@@ -61,6 +61,7 @@ def run(
         "target_share": 0.8,
         "max_tokens": 100,
         "keep_incorrect": False,
+        "weights": Weights(domain={"target": 1.0, "general": 1.0}, teacher={}, difficulty=0.0),
     } | settings
     return curate(completions, problems, Filter(**given), verify, 0, held_out)
 
@@ -204,3 +205,16 @@ def test_an_answer_to_an_unknown_problem_is_an_error() -> None:
 def test_a_rejected_row_travels() -> None:
     row = run(CLEAN).rejected[0]
     assert Rejected.model_validate_json(dump_line(row)) == row
+
+
+def test_rows_are_weighted_by_the_share_of_right_answers() -> None:
+    """Of all that were given: a duplicate is right, and wrong ones count though they are not learnt."""
+    hard, easy, general = TARGETS[0], TARGETS[1], GENERALS[0]
+    rows = [said(hard), *(said(hard, sample, "<think>no</think><answer>-1 ohm</answer>") for sample in (1, 2, 3))]
+    rows += [said(easy, sample, said(easy).text) for sample in range(3)] + [said(general, sample) for sample in (0, 1)]
+    weights = Weights(domain={"target": 1.0, "general": 1.0}, teacher={}, difficulty=1.0)
+    kept = run(rows, target_share=0.5, weights=weights).examples
+    by_problem = {row.problem_id: row.weight for row in kept}
+    assert by_problem[hard.id] == pytest.approx(4 * by_problem[easy.id])
+    assert by_problem[general.id] == pytest.approx(by_problem[easy.id])
+    assert all(row.weight == 1.0 for row in run(rows, target_share=0.5).examples)
