@@ -172,6 +172,9 @@ class Phase(Section):
     beta: float | None = Field(default=None, gt=0, lt=1)
     domains: list[Domain] | None = Field(default=None, min_length=1)
     share: float | None = Field(default=None, gt=0, le=1)
+    teacher_only: list[Domain] | None = None
+    balance: bool | None = None
+    curriculum: float | None = None
 
 
 class Distill(Optimizer):
@@ -192,6 +195,12 @@ class Distill(Optimizer):
     """Whose rows are learnt from."""
     share: float = Field(gt=0, le=1)
     """Of these rows."""
+    teacher_only: list[Domain]
+    """Domains whose rows are learnt from the teacher's labels alone: those of prompts that nobody can check."""
+    balance: bool
+    """Whether distillation is scaled to cross-entropy's size as training goes; see `distillation.weighting`."""
+    curriculum: float
+    """Above 0, rows count less the better they are learnt; below 0, the further off they are; 0 is off."""
     phases: list[Phase]
     """One after the other, each with warm-up and optimiser state of its own; none is one phase of this section's."""
 

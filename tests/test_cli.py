@@ -69,6 +69,16 @@ distill:
   weight_decay: 0.0
   alpha: 0.5
   temperature: 2.0
+  divergence: forward_kl
+  beta: 0.5
+  schedule: linear
+  spike_factor: null
+  domains: [target, general]
+  share: 1.0
+  teacher_only: []
+  balance: false
+  curriculum: 0.0
+  phases: []
 prune:
   seed: 1
   epochs: 1
@@ -78,6 +88,16 @@ prune:
   weight_decay: 0.0
   alpha: 0.5
   temperature: 2.0
+  divergence: forward_kl
+  beta: 0.5
+  schedule: linear
+  spike_factor: null
+  domains: [target, general]
+  share: 1.0
+  teacher_only: []
+  balance: false
+  curriculum: 0.0
+  phases: []
   intermediate: 16
   calibration_rows: 4
 export: {recovery: 0.9}

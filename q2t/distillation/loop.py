@@ -13,21 +13,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
-from torch import Tensor
 from tqdm import tqdm
 
 from q2t.config import Compute, Distill, Optimizer
-from q2t.distillation import batches, phases
+from q2t.distillation import batches, phases, weighting
 from q2t.distillation.labels import Row
 from q2t.distillation.losses import Terms, completion_loss
 
 LOGITS = 2**24
 """Logits that exist at one time, 64 MB in float32."""
 CURVE = ("step", "loss", "cross_entropy", "kl", "learning_rate", "gradient_norm")
-MORE = ("phase", "skipped")
-"""Columns of the curve where there are phases or spikes are skipped."""
+MORE = ("weighted_cross_entropy", "weighted_kl", "phase", "skipped")
+"""Columns of the curve where the run is more than one of fixed weights; before MORE comes CURVE."""
 WINDOW = 50
-"""Steps that a gradient's norm is compared with."""
+"""Steps of a phase that the running median of the gradient's norm, and the running means of the terms, are of."""
 FEWEST = 10
 """Steps of a phase before any is skipped."""
 
@@ -57,7 +56,8 @@ def train(
             delete once the model is published.
         curve: the CSV, one line per step: `loss` is what is minimised, the other two are before weighting
             (`kl` is whichever divergence was chosen), all in nats per completion token of the step; the
-            gradient's norm is before clipping. With phases or a spike_factor there are the columns MORE.
+            gradient's norm is before clipping. Where settings change as the run goes (phases, balance,
+            curriculum, spike_factor), the columns MORE follow.
         save_every: steps between checkpoints.
 
     Raises:
@@ -103,19 +103,25 @@ def train(
             if planned.place == 0:  # moments of another loss would steer this phase's first steps
                 optimizer.state.clear()
             micro_batches = [[rows[i] for i in micro] for micro in planned.micro_batches]
-            terms = accumulate(model, micro_batches, planned.settings, accelerator, step)
+            past = [
+                dict(zip(CURVE, map(float, line), strict=False)) for line in lines[step - min(planned.place, WINDOW) :]
+            ]
+            scale = 1.0
+            if planned.settings.balance:
+                scale = weighting.balance([line["cross_entropy"] for line in past], [line["kl"] for line in past])
+            terms = accumulate(model, micro_batches, planned.settings, accelerator, scale, step)
             norm = float(accelerator.clip_grad_norm_(model.parameters(), 1.0))
             if not math.isfinite(norm):
                 raise _not_finite("gradient", norm, step, [row for micro in micro_batches for row in micro])
-            earlier = [float(line[CURVE.index("gradient_norm")]) for line in lines[step - planned.place :]]
-            skipped = is_spike(norm, earlier, settings.spike_factor)
+            skipped = is_spike(norm, [line["gradient_norm"] for line in past], settings.spike_factor)
             for group in optimizer.param_groups:
                 group["lr"] = planned.learning_rate
             if not skipped:
                 optimizer.step()
             optimizer.zero_grad()
             values = (terms.total, terms.cross_entropy, terms.distillation, planned.learning_rate, norm)
-            numbers = [f"{value:.9g}" for value in values]
+            weighted = (terms.weighted_cross_entropy, terms.weighted_distillation)
+            numbers = [f"{value:.9g}" for value in (*values, *weighted)]
             lines.append([str(step + 1), *numbers, str(planned.phase), str(int(skipped))])
             bar.update(tokens[step])
             bar.set_postfix(step=f"{step + 1}/{len(plan)}", loss=f"{terms.total:.4f}", refresh=False)
@@ -124,7 +130,8 @@ def train(
     model.set_attn_implementation(attention)
     curve.parent.mkdir(parents=True, exist_ok=True)
     partial = curve.with_name(curve.name + ".partial")
-    columns = CURVE + MORE if settings.phases or settings.spike_factor else CURVE
+    moving = settings.phases or settings.spike_factor or settings.balance or settings.curriculum
+    columns = CURVE + MORE if moving else CURVE
     text = "".join(",".join(line[: len(columns)]) + "\n" for line in [columns, *lines])
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, curve)
@@ -132,9 +139,17 @@ def train(
 
 
 def accumulate(
-    model: Any, micro_batches: Sequence[Sequence[Row]], settings: Distill, accelerator: Any, step: int = 0
+    model: Any,
+    micro_batches: Sequence[Sequence[Row]],
+    settings: Distill,
+    accelerator: Any,
+    scale: float = 1.0,
+    step: int = 0,
 ) -> Terms[float]:
     """Add a step's gradient to the parameters; the terms of the loss, as floats per completion token of the step.
+
+    Args:
+        scale: factor on distillation, beside alpha.
 
     Raises:
         ValueError: the loss of a micro-batch is not finite; names the step and the rows.
@@ -147,6 +162,11 @@ def accumulate(
         batch = batches.collate(micro).to(head.device)
         with accelerator.autocast():
             hidden = batches.predicting_states(model, batch)
+            exact = torch.promote_types(hidden.dtype, torch.float32)
+            weights = weighting.token_weights(batch, micro, settings, scale, exact)
+            if settings.curriculum:
+                factor = weighting.curriculum(hidden, head, batch.targets, micro, settings.curriculum, chunk)
+                weights = (weights[0] * factor, weights[1] * factor)
             terms = completion_loss(
                 hidden,
                 head,
@@ -154,7 +174,7 @@ def accumulate(
                 batch.top_ids,
                 batch.top_logprobs,
                 batch.tail_logprob,
-                *_weights(batch, settings.alpha, torch.promote_types(hidden.dtype, torch.float32)),
+                *weights,
                 settings.temperature,
                 chunk,
                 settings.divergence,
@@ -166,13 +186,6 @@ def accumulate(
         accelerator.backward(terms.total / tokens)
         sums = [a + b for a, b in zip(sums, values, strict=True)]
     return Terms(*(value / tokens for value in sums))
-
-
-def _weights(batch: batches.Batch, alpha: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of cross-entropy and distillation, [tokens] each. A token without labels has cross-entropy in full weight."""
-    weights = batch.weights.to(dtype)
-    labelled = (batch.top_ids >= 0).any(1)
-    return torch.where(labelled, (1 - alpha) * weights, weights), alpha * weights
 
 
 def _cross_entropy_only(settings: Optimizer) -> Distill:
@@ -187,19 +200,21 @@ def _cross_entropy_only(settings: Optimizer) -> Distill:
         spike_factor=None,
         domains=["target", "general"],
         share=1.0,
+        teacher_only=[],
+        balance=False,
+        curriculum=0.0,
         phases=[],
     )
 
 
 def is_spike(norm: float, earlier: Sequence[float], factor: float | None) -> bool:
-    """Whether a gradient's norm is above `factor` times the median of the phase's last ones, skipped ones among them.
+    """Whether a gradient's norm is above `factor` times the median of earlier ones, skipped ones among them.
 
     PaLM leaves the batches of a spike out, since only together with the weights of that time they do harm (arXiv
     2204.02311, 5.1); it goes back for that, where here the step has not been taken yet. After half a window of high
     norms these are the median, and training goes on.
     """
-    recent = earlier[-WINDOW:]
-    return factor is not None and len(recent) >= FEWEST and norm > factor * statistics.median(recent)
+    return factor is not None and len(earlier) >= FEWEST and norm > factor * statistics.median(earlier)
 
 
 def _not_finite(what: str, value: float, step: int, rows: Sequence[Row]) -> ValueError:

@@ -34,12 +34,13 @@ def plan(rows: Sequence[Row], settings: Distill, *, seed: int) -> list[Step]:
     """All steps of all phases. Epochs are counted through, so that no two have the same order.
 
     Raises:
-        ValueError: a phase has no rows.
+        ValueError: a phase has no rows, or one that it would learn nothing from.
     """
     found: list[Step] = []
     epoch = 0
     for number, phase in enumerate(settings.in_phases(), 1):
         chosen = select(rows, phase, seed)
+        _check_labels([rows[i] for i in chosen], phase.teacher_only)
         lengths = [len(rows[i].input_ids) for i in chosen]
         micro_batch = max(n for n in range(1, MICRO_BATCH + 1) if phase.batch_size % n == 0)
         steps = [
@@ -70,6 +71,15 @@ def select(rows: Sequence[Row], settings: Distill, seed: int) -> list[int]:
         )
     drawn = sorted(chosen, key=lambda i: content_id(seed, rows[i].id))
     return sorted(drawn[: max(1, round(settings.share * len(drawn)))])
+
+
+def _check_labels(rows: Sequence[Row], teacher_only: Sequence[str]) -> None:
+    for row in rows:
+        if row.domain in teacher_only and not len(row.top_ids):
+            raise ValueError(
+                f"teacher_only is {teacher_only}, but row {row.id} of domain {row.domain} has no labels, so that "
+                "nothing would be learnt from it: let a model at hand answer these prompts, or leave the domain out"
+            )
 
 
 def schedule(step: int, steps: int, warmup: float, shape: Literal["linear", "cosine", "constant"] = "linear") -> float:

@@ -105,6 +105,9 @@ SETTINGS = Distill(
     spike_factor=None,
     domains=["target", "general"],
     share=1.0,
+    teacher_only=[],
+    balance=False,
+    curriculum=0.0,
     phases=[],
 )
 
