@@ -362,6 +362,43 @@ def test_a_spike_is_one_against_the_running_median() -> None:
     assert skipped == loop.WINDOW // 2
 
 
+def test_a_curriculum_weights_both_terms(model: Any, rows: Any, settings: Any, accelerator: Any) -> None:
+    """By 1 - p of each row, p being what the row alone has for a mean probability."""
+    network, chosen = model(dtype=torch.float64), rows(4)
+    settings = settings.model_copy(update={"alpha": 0.25})
+    alone = [gradient(network, [[row]], settings, accelerator)[0] for row in chosen]
+    together, _ = gradient(network, [chosen], settings.model_copy(update={"curriculum": 1.0}), accelerator)
+    tokens = [row.completion_tokens for row in chosen]
+    factors = [1 - np.exp(-terms.cross_entropy) for terms in alone]
+    for name in ("total", "weighted_cross_entropy", "weighted_distillation"):
+        terms = [getattr(terms, name) for terms in alone]
+        expected = sum(n * f * term for n, f, term in zip(tokens, factors, terms, strict=True)) / sum(tokens)
+        assert getattr(together, name) == pytest.approx(expected)
+    assert together.cross_entropy < sum(terms.cross_entropy for terms in alone)
+
+
+def test_balance_comes_from_the_phases_curve(
+    model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+) -> None:
+    """Each step's factor is the past's cross-entropy over its divergence, and a phase starts anew with 1."""
+    chosen = rows(8)
+    for row in chosen:
+        object.__setattr__(row, "weight", 1.0)
+    given = settings.model_copy(update={"balance": True, "phases": [Phase(epochs=2), Phase(epochs=1)]})
+    curve = tmp_path / "curve.csv"
+    loop.train(model(), chosen, given, seed=0, compute=compute, checkpoints=tmp_path / "checkpoints", curve=curve)
+    table = np.genfromtxt(curve, delimiter=",", names=True)
+    factors = table["weighted_kl"] / table["kl"] / settings.alpha
+    for step in range(6):
+        past = slice(0 if step < 4 else 4, step)
+        expected = table["cross_entropy"][past].sum() / table["kl"][past].sum() if step not in (0, 4) else 1.0
+        assert factors[step] == pytest.approx(expected, rel=1e-4), step
+    np.testing.assert_allclose(
+        table["weighted_cross_entropy"], (1 - settings.alpha) * table["cross_entropy"], rtol=1e-4
+    )
+    np.testing.assert_allclose(table["loss"], table["weighted_cross_entropy"] + table["weighted_kl"], rtol=1e-4)
+
+
 def test_tied_embeddings_stay_tied(model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path) -> None:
     for _ in range(2):  # the second call loads the last checkpoint
         trained = loop.train(
