@@ -52,7 +52,7 @@ teachers:
     top_p: 0.9
     max_new_tokens: 9
     batch_size: 2
-filter: {teachers: [expert], target_share: 0.8, max_tokens: 99, keep_incorrect: false}
+filter: {teachers: [expert], target_share: 0.8, max_tokens: 99, max_rows: null, keep_incorrect: false}
 initialize: {model: models/teacher, layers: 2, vocabulary: 400, calibration_rows: 4}
 label: {top_k: 5, batch_size: 2}
 distill:

@@ -139,3 +139,14 @@ def test_another_temperature_reruns_only_what_follows(first):
     one, other = (row.data.params for row in rows)
     assert {key for key in one if one[key] != other[key]} == {"distill.temperature"}
     assert all("student.accuracy" in row.data.metrics for row in rows)
+
+
+def test_repro_at_an_older_commit_restores_its_results(first):
+    hotter = (first / "models/student/model.safetensors").read_bytes()
+    run(first, "git", "commit", "-qam", "hotter")
+    run(first, "git", "checkout", "-q", "HEAD~1")
+    assert "temperature: 4" not in (first / "params.yaml").read_text()
+    assert "Running stage" not in run(first, "dvc", "repro")
+    assert (first / "models/student/model.safetensors").read_bytes() != hotter
+    assert "up to date" in run(first, "dvc", "status")
+    assert run(first, "git", "status", "--porcelain") == ""
