@@ -16,8 +16,6 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # It prints a traceback of what tracking says in one line, a full disk for example.
     logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)
-    # "Not installed": transformers imports it for assisted decoding, a second of every start, and no stage uses that.
-    sys.modules.setdefault("sklearn", None)  # type: ignore[arg-type]
     message = None
     try:
         main()

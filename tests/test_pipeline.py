@@ -58,7 +58,7 @@ def outs(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = copy(tmp_path_factory.mktemp("first"))
-    run(folder, "dvc", "repro")
+    assert "| int8 |" in run(folder, "dvc", "repro")  # it ends with the table
     run(folder, "q2t", "track")
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "run")
