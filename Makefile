@@ -34,7 +34,7 @@ smoke: $(INSTALLED) ## Run every stage on a tiny model, in a temporary copy
 	{ git ls-files -coz --exclude-standard; git ls-files -dz; } | sort -z | uniq -zu \
 	    | tar -c --null -T - | tar -x -C "$$copy" && \
 	cd "$$copy" && export PYTHONPATH="$$copy" && git init -q && \
-	$(BIN)/q2t profile smoke && $(BIN)/dvc repro && $(BIN)/q2t measure
+	$(BIN)/q2t profile smoke && $(BIN)/dvc repro
 
 test: $(INSTALLED) ## Run the suite, the smoke pipeline included
 	$(BIN)/python -m pytest -q
@@ -44,7 +44,7 @@ check: $(INSTALLED) ## Lint, format check and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-ablations: $(INSTALLED) ## Run the controls, and put what they come to into reports/ablations
+ablations: $(INSTALLED) ## Run controls and sizes, and put what they come to into reports/ablations
 	$(BIN)/q2t ablate
 
 readme: $(INSTALLED) ## Put the committed results into the README's tables

@@ -1,95 +1,163 @@
-"""Controls: one thing of the quickstart changed at a time, to see what it is worth.
+"""Experiments that change one thing of the quickstart at a time: what each part is worth, and accuracy by size.
 
-An MLflow database dies with its machine, so what an experiment comes to is a small file in git, and the table in the
-README is made from these files.
+An MLflow database dies with its machine, so what an experiment comes to is a small file in git, and the tables in the
+README are made from these files.
 """
 
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from q2t.lockfile import read_files, read_yaml
 from q2t.records import write_json
 from q2t.report import percent, span
+from q2t.report import summary as report_summary
 
 LIST = Path(__file__).with_name("ablations.yaml")
 RESULTS = Path("reports/ablations")
-METRICS = {name: f"reports/metrics/{name}.json" for name in ("filter", "evaluate_student", "evaluate_teacher")}
+SIZES = ("teacher", "student", "pruned")
+"""The models of the quickstart itself in the table of sizes; its quantised ones have pruned's parameters."""
 
 
-def experiments() -> dict[str, dict[str, Any]]:
-    """Name to changed parameters, of all that ablations.yaml lists."""
-    listed = read_yaml(LIST.read_text(encoding="utf-8"))
-    return {name: listed["everywhere"] | changes for name, changes in listed["experiments"].items()}
+@dataclass(frozen=True)
+class Experiment:
+    """One of ablations.yaml."""
+
+    name: str
+    target: str
+    """The stage that it is run up to: evaluate@MODEL."""
+    changes: dict[str, Any]
+    """Dotted parameters and their values; a leading "+" adds one that params.yaml does not have."""
+
+    @property
+    def slug(self) -> str:
+        """The name, as files and references can have it."""
+        return re.sub(r"\W+", "-", self.name)
+
+    @property
+    def reference(self) -> str:
+        return f"ablation-{self.slug}"
+
+    @property
+    def command(self) -> list[str]:
+        """What runs it, in a copy of the workspace."""
+        sets = [word for key, value in self.changes.items() for word in ("--set-param", f"{key}={_hydra(value)}")]
+        return ["dvc", "exp", "run", "--temp", "--name", self.reference, *sets, self.target]
 
 
-def command(name: str, changes: Mapping[str, Any]) -> list[str]:
-    """What runs one of them, in a copy of the workspace: the student is trained and evaluated, and nothing after it."""
-    sets = [word for key, value in changes.items() for word in ("--set-param", f"{key}={_hydra(value)}")]
-    return ["dvc", "exp", "run", "--temp", "--name", _reference(name), *sets, "evaluate@student"]
+def experiments(group: str | None = None) -> list[Experiment]:
+    """All that ablations.yaml lists, or those of one group."""
+    return [
+        Experiment(name, listed["target"], listed["everywhere"] | changes)
+        for key, listed in _groups().items()
+        if group in (None, key)
+        for name, changes in listed["experiments"].items()
+    ]
 
 
 def run(names: Iterable[str] = (), root: Path = Path(".")) -> None:
     """Run these experiments, or all, one after another, and write reports/ablations/NAME.json for each.
 
+    One that fails stops no other. What DVC has in its cache is not computed again, so that a run that was
+    interrupted goes on where it was.
+
     Raises:
-        ValueError: an unknown name, or an experiment that fails.
+        ValueError: an unknown name, experiments that fail, or another run that has not ended yet.
     """
-    known = experiments()
+    known = {each.name: each for each in experiments()}
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"no ablation {unknown}: there are {', '.join(known)}")
-    for name in names or known:
-        changes = known[name]
-        # An experiment of the same name would be kept, and the new one refused.
-        _dvc(root, ["dvc", "exp", "remove", _reference(name)], quiet=True)
-        if _dvc(root, command(name, changes)):
-            raise ValueError(f"ablation {name!r} failed: see above; run `q2t ablate {name!r}` again when it is mended")
-        write_json(root / RESULTS / f"{_slug(name)}.json", result(name, changes, root))
+    lock = root / ".q2t/ablate.lock"
+    lock.parent.mkdir(exist_ok=True)
+    try:
+        # DVC would let two run side by side, and they would take each other's checkpoints.
+        with FileLock(lock, timeout=0):
+            failed = [name for name in names or known if not _succeeds(known[name], root)]
+    except Timeout:
+        raise ValueError("another `q2t ablate` is running here: wait until it ends") from None
+    if failed:
+        again = " ".join(f"'{name}'" for name in failed)
+        raise ValueError(f"failed, see above: run `q2t ablate {again}` again when it is mended")
 
 
-def result(name: str, changes: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """What the student of this experiment knows, beside its teacher."""
-    files = {key: json.loads(text) for key, text in read_files(root, _reference(name), METRICS).items()}
-    student, teacher = files["evaluate_student"], files["evaluate_teacher"]
+def _succeeds(experiment: Experiment, root: Path) -> bool:
+    """Run it and write its result; of the experiment itself only what is in DVC's cache stays."""
+    forget = ["dvc", "exp", "remove", experiment.reference]
+    _dvc(root, forget, quiet=True)  # what a kill left: DVC would keep it, and refuse the new one
+    if _dvc(root, experiment.command):
+        return False
+    write_json(root / RESULTS / f"{experiment.slug}.json", result(experiment, root))
+    _dvc(root, forget, quiet=True)
+    return True
+
+
+def result(experiment: Experiment, root: Path) -> dict[str, Any]:
+    """What the model of this experiment knows, beside its teacher."""
+    model = experiment.target.removeprefix("evaluate@")
+    paths = {key: f"reports/metrics/{key}.json" for key in ("filter", f"evaluate_{model}", "evaluate_teacher")}
+    files = {key: json.loads(text) for key, text in read_files(root, experiment.reference, paths).items()}
+    evaluated, teacher = files[f"evaluate_{model}"], files["evaluate_teacher"]
     return {
-        "name": name,
-        "changes": dict(changes),
+        "name": experiment.name,
+        "changes": experiment.changes,
         "rows": files["filter"]["kept"],
-        "accuracy": student["accuracy"],
-        "interval": student["interval"],
-        "retention": student["accuracy"] / teacher["accuracy"],
-        "families": {family: counts["correct"] / counts["total"] for family, counts in student["families"].items()},
-    }
+        "retention": evaluated["accuracy"] / teacher["accuracy"],
+        "families": {family: counts["correct"] / counts["total"] for family, counts in evaluated["families"].items()},
+    } | {key: evaluated[key] for key in ("accuracy", "interval", "parameters", "bytes")}
 
 
-def markdown_table(root: Path = Path(".")) -> str:
-    """The results in the order of ablations.yaml, those that were run; a sentence where none was."""
-    header = ["| Experiment | Rows | Accuracy | Retention |", "|:--|--:|--:|--:|"]
-    lines = []
-    for name in experiments():
-        path = root / RESULTS / f"{_slug(name)}.json"
-        if path.is_file():
-            row = json.loads(path.read_text(encoding="utf-8"))
-            accuracy = f"{percent(row['accuracy'])} ({span(row['interval'])})"
-            lines.append(f"| {name} | {row['rows']} | {accuracy} | {percent(row['retention'])} |")
-    return "\n".join(header + lines) if lines else "None of them has been run yet."
+def controls(root: Path = Path(".")) -> str:
+    """The table of what each part is worth, and a sentence on the spread; a sentence where nothing was run."""
+    lines = ["| Experiment | Rows | Accuracy | Retention |", "|:--|--:|--:|--:|"]
+    rows = _results("controls", root)
+    if not rows:
+        return "None of them has been run yet."
+    for name, row in rows.items():
+        accuracy = f"{percent(row['accuracy'])} ({span(row['interval'])})"
+        lines.append(f"| {name} | {row['rows']} | {accuracy} | {percent(row['retention'])} |")
+    spread = _groups()["controls"]["spread"]
+    if set(spread) <= set(rows):
+        found = [rows[name]["accuracy"] for name in spread]
+        lines += [
+            "",
+            f"The order of the rows alone ({', '.join(spread)}) moves accuracy between {percent(min(found))} and "
+            f"{percent(max(found))}, mean {percent(fmean(found))}.",
+        ]
+    return "\n".join(lines)
+
+
+def sizes(root: Path = Path(".")) -> str:
+    """The table of accuracy by size: models of reports/summary.json, and what was run of the group `sizes`."""
+    models = json.loads((root / "reports/summary.json").read_text(encoding="utf-8"))
+    rows = {name: models[name] for name in SIZES} | _results("sizes", root)
+    figures = ("accuracy", "interval", "retention", "parameters", "bytes")
+    return report_summary.markdown_table({name: {key: row[key] for key in figures} for name, row in rows.items()})
+
+
+def _groups() -> dict[str, Any]:
+    groups: dict[str, Any] = read_yaml(LIST.read_text(encoding="utf-8"))
+    return groups
+
+
+def _results(group: str, root: Path) -> dict[str, Any]:
+    """By name the results of those that were run, in the order of ablations.yaml."""
+    paths = {each.name: root / RESULTS / f"{each.slug}.json" for each in experiments(group)}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
 
 
 def _dvc(root: Path, words: list[str], quiet: bool = False) -> int:
     output = subprocess.DEVNULL if quiet else None
-    return subprocess.run([sys.executable, "-m", *words], cwd=root, stdout=output, stderr=output).returncode
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name)
-
-
-def _reference(name: str) -> str:
-    return f"ablation-{_slug(name)}"
+    # Not subprocess.run: on Ctrl-C it kills DVC, which would leave its copy of the workspace behind.
+    with subprocess.Popen([sys.executable, "-m", *words], cwd=root, stdout=output, stderr=output) as process:
+        return process.wait()
 
 
 def _hydra(value: Any) -> str:

@@ -57,7 +57,7 @@ def ablate(arguments: argparse.Namespace) -> None:
     from q2t import ablation
 
     ablation.run(arguments.name)
-    print(ablation.markdown_table())
+    print(f"{ablation.controls()}\n\n{ablation.sizes()}")
 
 
 def ask(arguments: argparse.Namespace) -> None:
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    made = verb(ablate, "Run the controls of q2t/ablations.yaml as DVC experiments, and print what they come to.")
+    made = verb(ablate, "Run experiments of q2t/ablations.yaml, and print what they come to.")
     made.add_argument("name", nargs="*", metavar="NAME", help="(default: all)")
 
     made = verb(ask, "Ask a model, and print its answer as it comes.")

@@ -127,6 +127,8 @@ class Filter(Section):
     """Share of the rows that are target rows; general rows are the rest."""
     max_tokens: int = Field(gt=0)
     """Longer answers are rejected."""
+    max_rows: int | None = Field(gt=0)
+    """At most so many target rows are learnt from, a sample drawn evenly over the families; null takes all."""
     keep_incorrect: bool
     """True trains on unverified answers: the control."""
     weights: Weights

@@ -36,7 +36,8 @@ def results(root: Path) -> str:
 
 def main(root: Path = Path(".")) -> None:
     fill(root / README, "results", results(root))
-    fill(root / README, "ablations", ablation.markdown_table(root))
+    fill(root / README, "ablations", ablation.controls(root))
+    fill(root / README, "sizes", ablation.sizes(root))
 
 
 if __name__ == "__main__":

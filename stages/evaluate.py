@@ -34,8 +34,8 @@ def main() -> None:
         }
         if name in params.evaluate.lenient:
             lessons = read_jsonl(Path("data/prompts/lessons.jsonl"), Problem)
-            prompts = lenient.prompts(model.tokenizer, test, lessons)
-            found = harness.answer(model, test, params.evaluate, prompts, lenient.judge)
+            requests = lenient.requests(model.tokenizer, test, lessons)
+            found = harness.answer(model, test, params.evaluate, requests, lenient.judge)
             judged[: len(test)] = [strict.beside(free) for strict, free in zip(judged[: len(test)], found, strict=True)]
             metrics["lenient"] = harness.score(found, params.evaluate)
             metrics["chance"] = lenient.chance(test)

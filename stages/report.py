@@ -38,6 +38,7 @@ def main() -> None:
         publish(REPORTS / "MODEL_CARD.md", card.render(REPORTS, shown))
         publish(REPORTS / "DATASET_CARD.md", dataset.render(REPORTS, FILTERED / "examples.jsonl", shown))
         tracked.metrics(figures)
+    print(summary.markdown_table(figures))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Run as: python -m stages.specialize. A source and data/prompts/lessons.jsonl -> models/teacher, its curve."""
 
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -31,7 +32,9 @@ def main() -> None:
             checkpoints=folder,
         )
         curve.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(losses).to_csv(curve, index=False, float_format="%.6g", lineterminator="\n")
+        partial = curve.with_name(curve.name + ".partial")
+        pd.DataFrame(losses).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+        os.replace(partial, curve)
         save_model(model, tokenizer, Path("models/teacher"))
         metrics = {"lessons": len(lessons), "final_loss": losses[-1]["loss"]}
         write_json(Path("reports/metrics/specialize.json"), metrics)

@@ -1,43 +1,52 @@
-"""The list of controls: each changes parameters that exist, and its result becomes a row of the table."""
+"""The list of experiments: each changes parameters that exist, and its result becomes a row of a table."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from ruamel.yaml import YAML
 
 from q2t import ablation
 from q2t.config import Params
 
-EACH = pytest.mark.parametrize("name", ablation.experiments())
+EACH = pytest.mark.parametrize("experiment", ablation.experiments(), ids=lambda each: each.name)
 
 
 @EACH
-def test_an_experiment_changes_valid_parameters(name):
+def test_an_experiment_changes_valid_parameters(experiment):
     params = YAML(typ="safe").load(Path("params.yaml"))
     before = json.dumps(params)
-    for key, value in ablation.experiments()[name].items():
+    for key, value in experiment.changes.items():
         *path, last = key.removeprefix("+").split(".")
         section = params
         for part in path:
             section = section[part]
         assert (last in section) != key.startswith("+"), key
         section[last] = value
-    Params.model_validate(params)
+    changed = Params.model_validate(params)
     assert json.dumps(params) != before
+    assert experiment.target.removeprefix("evaluate@") in changed.evaluate.models
+
+
+def test_controls_learn_from_equally_many_rows_and_sizes_from_all():
+    assert len({each.changes["filter.max_rows"] for each in ablation.experiments("controls")}) == 1
+    assert all(list(each.changes) == ["prune.intermediate"] for each in ablation.experiments("sizes"))
 
 
 def test_names_stay_apart_as_references_and_files():
-    references = [ablation.command(name, {})[5] for name in ablation.experiments()]
-    assert len(set(references)) == len(references)
+    references = [each.reference for each in ablation.experiments()]
+    assert len(set(references)) == len(references) == 10
     assert all(reference.replace("-", "").isalnum() for reference in references)
 
 
 def test_the_command_is_one_that_dvc_reads():
     changes = {"distill.alpha": 0.0, "+teachers.x": {"model": "models/teacher", "samples": 1}, "filter.teachers": ["x"]}
-    words = ablation.command("no labels", changes)
+    words = ablation.Experiment("no labels", "evaluate@pruned", changes).command
     assert words[:6] == ["dvc", "exp", "run", "--temp", "--name", "ablation-no-labels"]
-    assert words[-1] == "evaluate@student"
+    assert words[-1] == "evaluate@pruned"
     from dvc.utils.hydra import to_hydra_overrides
 
     assert to_hydra_overrides(words[7:-1:2])
@@ -51,12 +60,115 @@ def test_an_unknown_name_is_refused_before_anything_runs():
         ablation.run(["default", "nothing"])
 
 
-def test_the_table_has_what_was_run_in_the_order_of_the_list(tmp_path):
-    for name, accuracy in (("answers unverified", 0.25), ("default", 0.5)):
-        row = {"name": name, "rows": 7, "accuracy": accuracy, "interval": [0.2, 0.6], "retention": accuracy}
-        path = tmp_path / "reports/ablations" / f"{name.replace(' ', '-')}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row))
-    *_, first, second = ablation.markdown_table(tmp_path).splitlines()
+def write(root, group, **accuracies):
+    for each in ablation.experiments(group):
+        if each.slug.replace("-", "_") in accuracies:
+            accuracy = accuracies[each.slug.replace("-", "_")]
+            row = {"rows": 7, "accuracy": accuracy, "interval": [0.2, 0.6], "retention": accuracy}
+            row |= {"parameters": 2_000_000, "bytes": 8_000_000}
+            path = root / "reports/ablations" / f"{each.slug}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(row))
+
+
+def test_the_controls_that_were_run_in_the_order_of_the_list(tmp_path):
+    assert ablation.controls(tmp_path) == "None of them has been run yet."
+    write(tmp_path, "controls", answers_unverified=0.25, default=0.5, seed_8=0.6)
+    *_, first, second, third = ablation.controls(tmp_path).splitlines()
     assert first == "| default | 7 | 50.0% (20.0–60.0%) | 50.0% |"
-    assert second.startswith("| answers unverified | 7 | 25.0%")
+    assert second.startswith("| seed 8 | 7 | 60.0%")
+    assert third.startswith("| answers unverified | 7 | 25.0%")
+
+
+def test_the_spread_is_told_once_all_its_seeds_were_run(tmp_path):
+    write(tmp_path, "controls", default=0.5, seed_8=0.62, seed_9=0.44)
+    assert ablation.controls(tmp_path).splitlines()[-2:] == [
+        "",
+        "The order of the rows alone (default, seed 8, seed 9) moves accuracy between 44.0% and 62.0%, mean 52.0%.",
+    ]
+
+
+def test_sizes_stand_below_the_quickstarts_own_models(tmp_path):
+    model = {"accuracy": 0.9, "interval": [0.8, 1.0], "retention": 1.0, "retention_interval": [0.9, 1.1]}
+    model |= {"parameters": 134_500_000, "bytes": 542_000_000, "lenient": {"accuracy": 1.0}}
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports/summary.json").write_text(
+        json.dumps({name: model for name in ("base", "pruned", "student", "teacher", "int8")})
+    )
+    write(tmp_path, "sizes", pruned_to_256=0.3)
+    assert ablation.sizes(tmp_path).splitlines()[2:] == [
+        "| teacher | 90.0% (80.0–100.0%) | – | 134.5M | 542 MB |",
+        "| student | 90.0% (80.0–100.0%) | 100.0% | 134.5M | 542 MB |",
+        "| pruned | 90.0% (80.0–100.0%) | 100.0% | 134.5M | 542 MB |",
+        "| pruned to 256 | 30.0% (20.0–60.0%) | 30.0% | 2.0M | 8 MB |",
+    ]
+
+
+GRAPH = """
+stages:
+  train:
+    cmd: python train.py
+    deps: [train.py]
+    params: [width]
+    metrics: [reports/metrics: {cache: false}]
+"""
+TRAIN = """
+import json
+from pathlib import Path
+
+width = int(Path("params.yaml").read_text().split()[1])
+assert width != 13, "a width that breaks"
+with open(Path(__import__("os").environ["DVC_ROOT"]) / ".q2t/ran", "a") as ran:
+    ran.write(f"{width} ")
+Path("reports/metrics").mkdir(parents=True, exist_ok=True)
+known = {"accuracy": width / 100, "interval": [0, 1], "parameters": width, "bytes": width, "families": {}}
+for name, row in {"evaluate_train": known, "evaluate_teacher": {"accuracy": 0.8}, "filter": {"kept": 5}}.items():
+    Path(f"reports/metrics/{name}.json").write_text(json.dumps(row))
+"""
+LISTED = """
+sizes:
+  target: train
+  everywhere: {}
+  experiments: {a 13: {width: 13}, a 40: {width: 40}}
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A graph of one stage, committed, and a list of two experiments of which the first fails."""
+    files = {"dvc.yaml": GRAPH, "train.py": TRAIN, "params.yaml": "width: 1\n", ".gitignore": "/.q2t\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    listed = tmp_path / ".git/listed.yaml"
+    for command in (
+        ["git", "init", "-q"],
+        ["git", "config", "user.name", "q2t"],
+        ["git", "config", "user.email", "q2t@example.org"],
+        [sys.executable, "-m", "dvc", "init", "-q"],
+        ["git", "add", "-A"],
+        ["git", "commit", "-qm", "list"],
+    ):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    listed.write_text(LISTED)
+    monkeypatch.setattr(ablation, "LIST", listed)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+    return tmp_path
+
+
+def test_one_that_fails_stops_no_other_and_nothing_stays_but_results(project):
+    for _ in range(2):
+        with pytest.raises(ValueError, match="run `q2t ablate 'a 13'` again"):
+            ablation.run(root=project)
+    assert (project / ".q2t/ran").read_text() == "40 "  # the second time it came out of DVC's cache
+    row = json.loads((project / "reports/ablations/a-40.json").read_text())
+    assert (row["accuracy"], row["retention"], row["rows"], row["bytes"]) == (0.4, 0.5, 5, 40)
+    assert [path.name for path in (project / "reports/ablations").iterdir()] == ["a-40.json"]
+    refs = subprocess.run(["git", "for-each-ref", "refs/exps"], cwd=project, capture_output=True, text=True, check=True)
+    assert refs.stdout == ""
+    assert [path.name for path in (project / ".dvc/tmp/exps/standalone").iterdir()] == ["run"]
+
+
+def test_two_at_a_time_are_refused(project):
+    (project / ".q2t").mkdir()
+    with FileLock(project / ".q2t/ablate.lock"), pytest.raises(ValueError, match="another `q2t ablate` is running"):
+        ablation.run(root=project)

@@ -56,6 +56,7 @@ filter:
   teachers: [expert]
   target_share: 0.8
   max_tokens: 99
+  max_rows: null
   keep_incorrect: false
   weights: {domain: {target: 1.0, general: 1.0}, teacher: {}, difficulty: 0.0}
 initialize: {model: models/teacher, layers: 2, vocabulary: 400, calibration_rows: 4}

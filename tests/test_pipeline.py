@@ -58,7 +58,7 @@ def outs(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = copy(tmp_path_factory.mktemp("first"))
-    run(folder, "dvc", "repro")
+    assert "| int8 |" in run(folder, "dvc", "repro")  # it ends with the table
     run(folder, "q2t", "track")
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "run")
@@ -139,3 +139,14 @@ def test_another_temperature_reruns_only_what_follows(first):
     one, other = (row.data.params for row in rows)
     assert {key for key in one if one[key] != other[key]} == {"distill.temperature"}
     assert all("student.accuracy" in row.data.metrics for row in rows)
+
+
+def test_repro_at_an_older_commit_restores_its_results(first):
+    hotter = (first / "models/student/model.safetensors").read_bytes()
+    run(first, "git", "commit", "-qam", "hotter")
+    run(first, "git", "checkout", "-q", "HEAD~1")
+    assert "temperature: 4" not in (first / "params.yaml").read_text()
+    assert "Running stage" not in run(first, "dvc", "repro")
+    assert (first / "models/student/model.safetensors").read_bytes() != hotter
+    assert "up to date" in run(first, "dvc", "status")
+    assert run(first, "git", "status", "--porcelain") == ""

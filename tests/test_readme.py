@@ -36,5 +36,5 @@ def test_a_readme_without_markers_is_left_alone(text, tmp_path):
 def test_the_readme_shows_the_committed_results():
     summary = json.loads((ROOT / "reports/summary.json").read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for table in (markdown_table(summary), ablation.markdown_table(ROOT)):
+    for table in (markdown_table(summary), ablation.controls(ROOT), ablation.sizes(ROOT)):
         assert table.strip() in readme, "run `make readme`"

@@ -1,5 +1,9 @@
-"""What the README's section Pull says, on a small repository with this one's settings and a folder as its remote."""
+"""What the README's section Pull says, on a small repository with this one's settings.
 
+Its remote is a folder, then a bucket of an S3 server on loopback, which moto brings.
+"""
+
+import json
 import os
 import shutil
 import subprocess
@@ -26,19 +30,22 @@ for out in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Runs a command in a folder, with DVC's and git's own settings out of the way."""
+    """Runs a command in a folder, with DVC's, git's and AWS's own settings out of the way."""
     site = tmp_path_factory.mktemp("site")
-    environment = os.environ | {
+    settings = {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "DVC_NO_ANALYTICS": "1",
         "DVC_SITE_CACHE_DIR": str(site),
         "GIT_CONFIG_GLOBAL": os.devnull,
+        "AWS_CONFIG_FILE": str(site / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(site / "none"),
+        "NO_PROXY": "127.0.0.1",
     }
 
-    def run(folder: Path, *command: str) -> str:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        return done.stdout
+    def run(folder: Path, *command: str, fails: bool = False) -> str:
+        done = subprocess.run(command, cwd=folder, env=os.environ | settings, capture_output=True, text=True)
+        assert (done.returncode != 0) == fails, f"{command}: {done.stdout}{done.stderr}"
+        return done.stderr if fails else done.stdout
 
     return run
 
@@ -48,7 +55,41 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory, run) -> tuple[Path, dict[str, dict[str, bytes]]]:
+def endpoint():
+    """An S3 server that has the bucket `bucket` and one user, whose keys are in the environment and are checked."""
+    pytest.importorskip("dvc_s3", reason="dvc-s3 is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto is not installed")
+    import boto3
+    import requests
+
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    root = {"endpoint_url": url, "region_name": "us-east-1", "aws_access_key_id": "-", "aws_secret_access_key": "-"}
+    boto3.client("s3", **root).create_bucket(Bucket="bucket")
+    iam = boto3.client("iam", **root)
+    iam.create_user(UserName="ada")
+    allow = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
+    iam.put_user_policy(UserName="ada", PolicyName="s3", PolicyDocument=json.dumps(allow))
+    key = iam.create_access_key(UserName="ada")["AccessKey"]
+    requests.post(f"{url}/moto-api/reset-auth", data="0").raise_for_status()  # from now on it checks signatures
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        environment.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        yield url
+    server.stop()
+
+
+@pytest.fixture(scope="module", params=["folder", "s3"])
+def remote(request, tmp_path_factory) -> tuple[str, dict[str, str]]:
+    """The remote's URL, and its further settings as `dvc remote modify` names them."""
+    if request.param == "folder":
+        return str(tmp_path_factory.mktemp("storage")), {}
+    return "s3://bucket/q2t", {"endpointurl": request.getfixturevalue("endpoint")}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, run, remote) -> tuple[Path, dict[str, dict[str, bytes]]]:
     """A repository that registered one version of the student and then pushed another, and both versions' files."""
     folder = tmp_path_factory.mktemp("shared")
     graph = YAML(typ="safe").load(ROOT / "dvc.yaml")
@@ -62,7 +103,10 @@ def shared(tmp_path_factory, run) -> tuple[Path, dict[str, dict[str, bytes]]]:
         (folder / name).write_bytes((ROOT / name).read_bytes())
     (folder / "stage.py").write_text(STAGE)
     YAML().dump({"artifacts": graph["artifacts"], "stages": {"make": stage}}, folder / "dvc.yaml")
-    run(folder, "dvc", "remote", "add", "-d", "storage", str(tmp_path_factory.mktemp("storage")))
+    url, settings = remote
+    run(folder, "dvc", "remote", "add", "-d", "storage", url)
+    for setting, value in settings.items():
+        run(folder, "dvc", "remote", "modify", "storage", setting, value)
     versions = {}
     for version in ("v0.1.0", "v0.2.0"):
         (folder / "params.yaml").write_text(f"seed: '{version}'\n")
@@ -107,3 +151,19 @@ def test_a_version_is_a_tag_that_brings_its_own_bytes(shared, run, tmp_path):
     folder, versions = shared
     run(tmp_path, "dvc", "artifacts", "get", folder.as_uri(), "student", "--rev", "v0.1.0", "-o", "student")
     assert contents(tmp_path / "student") == versions["v0.1.0"]
+
+
+@pytest.mark.parametrize("remote", ["s3"], indirect=True)
+@pytest.mark.parametrize("user", ["ada", "nobody"])
+def test_wrong_credentials_are_refused(clone, run, user):
+    name = os.environ["AWS_ACCESS_KEY_ID"] if user == "ada" else user
+    for setting, value in {"access_key_id": name, "secret_access_key": "wrong"}.items():
+        run(clone, "dvc", "remote", "modify", "--local", "storage", setting, value)
+    assert "failed to connect to s3 (bucket/q2t/files/md5) - Forbidden" in run(clone, "dvc", "pull", fails=True)
+
+
+@pytest.mark.parametrize("remote", ["s3"], indirect=True)
+def test_a_bucket_that_is_not_there_is_refused(clone, run):
+    run(clone, "dvc", "pull")
+    run(clone, "dvc", "remote", "modify", "--local", "storage", "url", "s3://absent/q2t")
+    assert "The specified bucket does not exist" in run(clone, "dvc", "push", fails=True)

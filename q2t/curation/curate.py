@@ -9,15 +9,16 @@ from typing import Literal
 from q2t.config import Filter
 from q2t.curation import rules
 from q2t.curation.duplicates import HeldOut, PromptIndex, normalize_answer, operands
-from q2t.curation.mixing import mix
+from q2t.curation.mixing import mix, sample
 from q2t.curation.weights import weigh
 from q2t.records import Completion, Example, Json, Problem, Record
 
 Reason = Literal[
     "truncated", "too_long", "empty", "special_tokens", "leaked_tags", "malformed", "degenerate", "wrong",
-    "contaminated", "near_duplicate", "duplicate", "surplus",
+    "contaminated", "near_duplicate", "duplicate", "not_sampled", "surplus",
 ]  # fmt: skip
-"""In this order the first one counts. `wrong` needs a well-formed answer; `surplus` did not fit the mix."""
+"""In this order the first one counts. `wrong` needs a well-formed answer; `not_sampled` is beyond `max_rows`, and
+`surplus` did not fit the mix."""
 Rule = Callable[[Problem, Completion], str | None]
 
 
@@ -85,11 +86,15 @@ def curate(
             rejected.append(_rejected(problem, row, *verdict))
     target = [row for row in kept if row.domain == "target"]
     general = [row for row in kept if row.domain == "general"]
+    limit = len(target) if settings.max_rows is None else settings.max_rows
+    target, beyond = sample(target, limit, seed)
     examples, surplus = mix(target, general, settings.target_share, seed)
-    for example in surplus:
-        rejected.append(
-            _rejected(by_id[example.problem_id], answers[example.id], "surplus", f"share_{settings.target_share}")
-        )
+    left_out: list[tuple[list[Example], Reason, str]] = [
+        (beyond, "not_sampled", f"max_rows_{limit}"),
+        (surplus, "surplus", f"share_{settings.target_share}"),
+    ]
+    for out, reason, detail in left_out:
+        rejected += [_rejected(by_id[row.problem_id], answers[row.id], reason, detail) for row in out]
     rejected.sort(key=lambda row: row.id)
     verified = {name: count / asked[name] for name, count in right.items()}
     return Curated(weigh(examples, verified, settings.weights), rejected, _count(examples, rejected))

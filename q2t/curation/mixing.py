@@ -1,9 +1,27 @@
-"""The share of target rows among the training rows."""
+"""How many of the kept rows are trained on: a sample of the target rows, and their share in the mix."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
 
 from q2t.records import Example, content_id
+
+
+def sample(rows: Sequence[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """`count` of the rows or, if there are fewer, all: as many of each family as of the others, or all that it has.
+
+    Ids and seed alone decide what is taken, and a larger sample contains the smaller ones.
+
+    Returns:
+        The sample and the rest.
+    """
+    families: dict[str, list[Example]] = defaultdict(list)
+    for row in _drawn(rows, seed):
+        families[row.family].append(row)
+    # One row of each family in turn; in the last round it is chance whose turn comes.
+    turns = {row.id: turn for family in families.values() for turn, row in enumerate(family)}
+    drawn = sorted(_drawn(rows, seed), key=lambda row: turns[row.id])
+    return drawn[:count], drawn[count:]
 
 
 def mix(
@@ -33,10 +51,15 @@ def mix(
         )
     taken, surplus = [], []
     for rows, count in ((target, units * per_target), (general, units * per_general)):
-        drawn = sorted(rows, key=lambda row: content_id(seed, row.id))
+        drawn = _drawn(rows, seed)
         taken += drawn[:count]
         surplus += drawn[count:]
     return sorted(taken, key=_id), sorted(surplus, key=_id)
+
+
+def _drawn(rows: Sequence[Example], seed: int) -> list[Example]:
+    """All rows in a random order that their ids and the seed decide."""
+    return sorted(rows, key=lambda row: content_id(seed, row.id))
 
 
 def _id(row: Example) -> str:

@@ -20,7 +20,7 @@ class BlockLayer(CacheLayerMixin):
     """One layer's keys and values [batch, kv_heads, capacity, width]; the capacity is a multiple of BLOCK.
 
     The whole capacity is attended to, as in transformers' StaticCache: the mask hides what isn't written yet. A
-    slice of the written positions would not be contiguous, and its products take up to seven times as long.
+    slice of the written positions would not be contiguous, and its products take longer.
     """
 
     keys: torch.Tensor

@@ -5,7 +5,7 @@ int8 halved the accuracy of one model and cost another nothing (onnxruntime #184
 
 A recipe stores every matrix as int8, in blocks of weights with a scale each: what onnxruntime calls weight only.
 Its quantize_dynamic, with a scale per column and one for all activations, decodes as fast, reads a prompt faster
-and is 4% smaller, but was 38 times further from float32 (KL divergence on prompts, pruned SmolLM2-135M).
+and is a little smaller, but strays much further from float32.
 Its MatMulNBitsQuantizer needs a package that onnxruntime does not bring, and stores a tied embedding twice; here
 `Gather` and `MatMulNBits` read one matrix.
 """

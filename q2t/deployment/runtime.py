@@ -29,6 +29,8 @@ class Request:
     """Already in the chat template."""
     seed: int = 0
     """Start of the row's random stream; unused when greedy."""
+    shared: str = ""
+    """How the prompt begins, where others begin alike: computed once for a batch. It ends where a token ends."""
 
 
 @dataclass(frozen=True)
@@ -164,10 +166,10 @@ class Runtime:
                 bar.update(len(rows))
 
     @torch.inference_mode()
-    def bits(self, prompt: str, text: str) -> float:
-        """Bits that the model needs to write `text` and stop, after `prompt`."""
+    def bits(self, prompt: str, text: str, *, stops: bool) -> float:
+        """Bits that the model needs to write `text` after `prompt`, and to stop there if the text does."""
         before = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        written = [*self.tokenizer(text, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+        written = self.tokenizer(text, add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id] * stops
         logits = self.engine.logits(torch.tensor([before + written]))[len(before) - 1 : -1]
         nats = torch.nn.functional.cross_entropy(logits, torch.tensor(written), reduction="sum")
         return float(nats) / math.log(2)
@@ -203,7 +205,7 @@ class Runtime:
     @torch.inference_mode()
     def _steps(self, requests: list[Request], limit: int, temperature: float, top_p: float) -> Iterator[dict[int, int]]:
         """One dictionary a step, row to token, of the rows that still run."""
-        logits, mask, positions, past = self._prefill([r.prompt for r in requests])
+        logits, mask, positions, past = self._prefill(requests)
         streams = [np.random.default_rng(r.seed) for r in requests]
         rows = torch.arange(len(requests))
         running = torch.ones(len(requests), dtype=torch.bool)
@@ -225,18 +227,37 @@ class Runtime:
             positions = positions + 1
             logits, past = self.engine(token[:, None], mask, positions, past)
 
-    def _prefill(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
-        """Logits of the first token, mask, last positions [batch, 1] and cache; equal prompts are computed once."""
-        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
-        batch = self.tokenizer(list(places), return_tensors="pt", padding=True)
-        mask = batch.attention_mask
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits, past = self.engine(batch.input_ids, mask, positions, None)
-        positions = positions[:, -1:]
-        if len(places) < len(prompts):
-            rows = torch.tensor([places[prompt] for prompt in prompts])
+    def _prefill(self, requests: list[Request]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """Logits of the first token, mask, last positions [batch, 1] and cache.
+
+        What prompts share is computed once, and so are equal prompts.
+        """
+        distinct = list({r.prompt: r for r in requests}.values())
+        shared = list(dict.fromkeys(r.shared for r in distinct))
+        heads = self.tokenizer(shared).input_ids
+        head = torch.tensor([shared.index(r.shared) for r in distinct])
+        prompts = self.tokenizer([r.prompt for r in distinct]).input_ids
+        rests = [ids[len(heads[place]) :] for ids, place in zip(prompts, head.tolist(), strict=True)]
+        mask, past = torch.ones(len(distinct), 0, dtype=torch.long), None
+        if any(heads):
+            _, mask, _, past = self._extend(heads, torch.ones(len(heads), 0, dtype=torch.long), None)
+            mask, past = mask[head], self.engine.select(past, head)
+        logits, mask, positions, past = self._extend(rests, mask, past)
+        if len(distinct) < len(requests):
+            places = {r.prompt: place for place, r in enumerate(distinct)}
+            rows = torch.tensor([places[r.prompt] for r in requests])
             logits, mask, positions, past = logits[rows], mask[rows], positions[rows], self.engine.select(past, rows)
         return logits, mask, positions, past
+
+    def _extend(
+        self, ids: list[list[int]], mask: torch.Tensor, past: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
+        """Append tokens to every row of a cache, padded on the left; as `_prefill`."""
+        batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        mask = torch.cat([mask, batch["attention_mask"].long()], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits, past = self.engine(batch["input_ids"].long(), mask, positions[:, -batch["input_ids"].shape[1] :], past)
+        return logits, mask, positions[:, -1:], past
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

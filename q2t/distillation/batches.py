@@ -92,14 +92,19 @@ def plan(lengths: Sequence[int], batch_size: int, micro_batch: int, *, seed: int
 
     Rows of a micro-batch are near in length, which saves padding; the micro-batches of a step come from
     anywhere, since rows of one length are often of one family, and a step should see several. Every row comes
-    once, and there are ceil(rows / batch_size) steps. A function of its arguments alone, so that a resumed
-    run needs no state.
+    once, and there are ceil(rows / batch_size) steps. Only the last step may be short, and of its micro-batches
+    only the last, so that the order cut anew into micro_batch rows gives the same micro-batches. A function of
+    its arguments alone, so that a resumed run needs no state.
     """
     assert batch_size % micro_batch == 0
     rng = np.random.default_rng([seed, epoch])
     shuffled = rng.permutation(len(lengths)).tolist()
-    by_length = sorted(shuffled, key=lambda i: -(-lengths[i] // BUCKET))
-    micro = [by_length[i : i + micro_batch] for i in range(0, len(by_length), micro_batch)]
+    # Any rows may be the ones left over, or it would be the longest in every epoch.
+    whole = len(shuffled) // micro_batch * micro_batch
+    by_length = sorted(shuffled[:whole], key=lambda i: -(-lengths[i] // BUCKET))
+    micro = [by_length[i : i + micro_batch] for i in range(0, whole, micro_batch)]
     micro = [micro[i] for i in rng.permutation(len(micro))]
+    if whole < len(shuffled):
+        micro.append(shuffled[whole:])
     per_step = batch_size // micro_batch
     return [micro[i : i + per_step] for i in range(0, len(micro), per_step)]

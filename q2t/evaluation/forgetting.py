@@ -12,6 +12,8 @@ def bits_per_byte(runtime: Runtime, problems: list[Problem], references: list[Co
     questions = {problem.id: problem.question for problem in problems}
     bits = size = 0.0
     for reference in references:
-        bits += runtime.bits(runtime.prompt(questions[reference.problem_id]), reference.text)
+        # An answer that was cut at the limit doesn't say that it ends there.
+        prompt, stops = runtime.prompt(questions[reference.problem_id]), reference.finish_reason == "stop"
+        bits += runtime.bits(prompt, reference.text, stops=stops)
         size += len(reference.text.encode())
     return bits / size

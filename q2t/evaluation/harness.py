@@ -52,17 +52,16 @@ def answer(
     runtime: Runtime,
     problems: list[Problem],
     settings: Evaluate,
-    prompts: Sequence[str] | None = None,
+    requests: Sequence[Request] | None = None,
     judge: Callable[[Problem, str, str], Verdict] = judge,
 ) -> list[Judged]:
     """Greedy answers to all problems, in their order, judged.
 
     Args:
-        prompts: one for each problem, if it isn't just the question in the chat template.
+        requests: one for each problem, if it isn't just the question in the chat template.
         judge: the verdict on a problem's answer and its finish reason.
     """
-    prompts = prompts or [runtime.prompt(problem.question) for problem in problems]
-    requests = [Request(prompt) for prompt in prompts]
+    requests = requests or [Request(runtime.prompt(problem.question)) for problem in problems]
     judged: dict[int, Judged] = {}
     for batch in runtime.generate(
         requests,

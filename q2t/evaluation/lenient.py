@@ -15,6 +15,7 @@ from quantiphy import Quantity
 from transformers import PreTrainedTokenizerBase
 
 from q2t.capability.families import verify
+from q2t.deployment.runtime import Request
 from q2t.records import Problem, Verdict
 
 SHOTS = 3
@@ -41,6 +42,8 @@ _NUMBER = (
     r"(?<![\w.^])(?<![eE^][-+])(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?: ?[eE][-+]?\d{1,3})?)"
     r"[ -]?(?P<prefix>(?i:kilo?|mega?|giga?|milli|micro|nano|pico)|[kKMGmuμnp])?"
 )
+_RKM = {"ohm": "RkKM", "F": "pnuμm"}
+"""Letters that stand for the decimal point, as in 4k7, 2R2 or 100n (IEC 60062); R is ohm itself."""
 _UNITS = {"ohm": r"(?i:ohms?)|Omega|Ω", "F": r"F|(?i:farads?)"}
 """How people write the units of the families."""
 _END = r"(?= ?(?:[.,;](?!\d)|[)\]<=\n]|$))"
@@ -67,8 +70,10 @@ def examples(lessons: Sequence[Problem], family: str) -> list[Problem]:
     return list(first.values())[:SHOTS]
 
 
-def prompts(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], lessons: Sequence[Problem]) -> list[str]:
-    """Each question in the chat template, after the worked lessons of its family."""
+def requests(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], lessons: Sequence[Problem]
+) -> list[Request]:
+    """Each question in the chat template, after the worked lessons of its family, which the family shares."""
     before = {family: examples(lessons, family) for family in {problem.family for problem in problems}}
     rendered = []
     for problem in problems:
@@ -76,8 +81,11 @@ def prompts(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], les
         for lesson in before[problem.family]:
             turns.append({"role": "user", "content": lesson.question})
             turns.append({"role": "assistant", "content": lesson.solution})
+        shown = str(tokenizer.apply_chat_template(turns, tokenize=False)) if turns else ""
         turns.append({"role": "user", "content": problem.question})
-        rendered.append(str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)))
+        prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        # A template may end the last turn in another way than the turns before it.
+        rendered.append(Request(prompt, shared=shown if prompt.startswith(shown) else ""))
     return rendered
 
 
@@ -125,6 +133,9 @@ def _quantity(unit: str, text: str) -> str | None:
         rf"(?i:answer)(?: is|[ :=])*{_NUMBER}{_END}",
         rf"= ?{_NUMBER}{_END}",
     )
+    # Without digits behind it only a letter that is hardly an operand's: 100n, but not 5k.
+    code = rf"(?<![\w.^-])(\d{{1,3}})([{_RKM[unit]}])(\d{{1,2}}|(?<=[Rpnuμ]))(?: ?(?:{_UNITS[unit]}))?(?!\w|\.\d)"
+    text = re.sub(code, lambda m: f"{m[1]}.{m[3] or 0} {m[2].replace('R', '')}{unit}", text)
     found = _last(patterns, text)
     if not found:
         return None

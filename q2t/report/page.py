@@ -37,6 +37,7 @@ REASONS = {
     "contaminated": "answers a problem with a held-out one's operands, or a general prompt worded like a held-out one",
     "near_duplicate": "answers a general prompt worded like an earlier training prompt",
     "duplicate": "the same answer to the same problem, once more",
+    "not_sampled": "passed every rule, but not in the sample of filter.max_rows",
     "surplus": "passed every rule, but more than the mix has room for",
 }
 """q2t.curation.curate.Reason, in words."""

@@ -12,7 +12,7 @@ MICRO_BATCH = 4
 """Rows that go through the model at once. A step adds up several such groups, each of rows near in length, so that
 little is padding and yet a step sees several families."""
 LOG_EVERY = 5
-"""Steps that a row of the loss curve is the average of."""
+"""Steps that a row of the loss curve is the average of; the last row is of those left over."""
 
 
 def specialize(
@@ -57,6 +57,11 @@ def specialize(
             for path in older:
                 shutil.rmtree(path)
 
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """The steps left over are a row of the curve too, in a short run the only one."""
+            if state.global_step == state.max_steps:
+                control.should_log = True
+
     class CompletionTrainer(SFTTrainer):
         """TRL projects every position on the vocabulary, and back in float32; here only solutions' positions are,
         in the compute dtype. Same loss. Rows come in the order that `plan` gave them."""
@@ -88,13 +93,14 @@ def specialize(
     lengths = [len(tokenizer(row["prompt"] + row["completion"]).input_ids) for row in rows]
     micro = max(n for n in range(1, MICRO_BATCH + 1) if settings.batch_size % n == 0)
     # One pass over this order is all epochs: in each, micro-batches of rows near in length, in steps that mix them.
-    order = [
-        row
+    groups = [
+        group
         for epoch in range(settings.epochs)
         for step in plan(lengths, settings.batch_size, micro, seed=seed, epoch=epoch)
         for group in step
-        for row in group
     ]
+    # The trainer cuts it again by `micro`: an epoch's short micro-batch goes to the end, or all after it would be torn.
+    order = [row for group in sorted(groups, key=len, reverse=True) for row in group]
     # The trainer forgets its running loss at a resume: there must be none at a checkpoint but the last.
     assert save_every % LOG_EVERY == 0
     for half_written in checkpoints.glob("checkpoint-*"):

@@ -1,6 +1,7 @@
 """Every family, on many random problems: the worked solution is right, and neighbours of it are wrong."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,23 @@ def test_the_worked_solution_is_right(family):
     for problem in problems(family):
         verdict = verify(problem, parse(problem.solution).answer)
         assert verdict.correct, (problem.question, problem.solution, verdict)
+
+
+@EACH
+def test_every_step_is_true_as_it_stands(family):
+    number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
+    operators = {"+": float.__add__, "-": float.__sub__, "*": float.__mul__, "/": float.__truediv__}
+    checked = 0
+    for problem in problems(family):
+        for step in problem.solution.removeprefix("<think>").partition("</think>")[0].split("; "):
+            if match := re.fullmatch(rf"({number})(?:([-+*/])({number}))?=({number})", step):
+                one, operator, other, claimed = match.groups()
+                value = operators[operator](float(one), float(other)) if operator else float(one)
+                # What has more digits than a step shows is rounded to the last one that it shows.
+                shown = float(f"{value:.3g}"), float(f"{value:.4g}")
+                assert float(claimed) == pytest.approx(value) or float(claimed) in shown, (step, problem.question)
+                checked += 1
+    assert checked >= len(problems(family)) or family.name == "bands"
 
 
 @EACH

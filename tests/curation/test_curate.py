@@ -60,6 +60,7 @@ def run(
         "teachers": ["expert"],
         "target_share": 0.8,
         "max_tokens": 100,
+        "max_rows": None,
         "keep_incorrect": False,
         "weights": Weights(domain={"target": 1.0, "general": 1.0}, teacher={}, difficulty=0.0),
     } | settings
@@ -108,6 +109,14 @@ def test_every_reason(to: Problem, changes: dict[str, Any], reason: str, detail:
     assert reasons(outcome)[bad.id] == (reason, detail)
     assert outcome.counts["rejected"][reason] == 1  # type: ignore[index, call-overload]
     assert len(outcome.examples) == 25
+
+
+def test_no_more_target_rows_than_asked_for_and_the_mix_follows() -> None:
+    outcome = run(CLEAN, max_rows=8)
+    assert outcome.counts["kept_target"] == 8 and outcome.counts["kept_general"] == 2
+    assert outcome.counts["rejected"] == {"not_sampled": 12, "surplus": 4}
+    assert ("not_sampled", "max_rows_8") in reasons(outcome).values()
+    assert run(CLEAN, max_rows=99) == run(CLEAN)
 
 
 def test_what_gives_away_a_held_out_question_goes() -> None:

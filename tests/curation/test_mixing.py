@@ -4,16 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from q2t.curation.mixing import mix
+from q2t.curation.mixing import mix, sample
 from q2t.records import Example
 
 
-def rows(domain: str, count: int) -> list[Example]:
+def rows(domain: str, count: int, family: str = "f") -> list[Example]:
     return [
         Example(
-            id=f"{domain}{i:03}",
+            id=f"{domain}{family}{i:03}",
             problem_id="p",
-            family="f",
+            family=family,
             domain=domain,
             teacher="t",
             question="q",
@@ -21,6 +21,26 @@ def rows(domain: str, count: int) -> list[Example]:
         )  # type: ignore[arg-type]
         for i in range(count)
     ]
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=5), st.integers(1, 60), st.integers(0, 5))
+def test_a_sample_is_as_even_over_families_as_their_rows_allow(sizes: list[int], count: int, seed: int) -> None:
+    given = [row for i, size in enumerate(sizes) for row in rows("target", size, f"f{i}")]
+    taken, rest = sample(given, count, seed)
+    assert len(taken) == min(count, len(given))
+    assert sorted(row.id for row in taken + rest) == sorted(row.id for row in given)
+    have = [sum(row.family == f"f{i}" for row in taken) for i in range(len(sizes))]
+    short = [number for number, size in zip(have, sizes, strict=True) if number < size]
+    assert all(number >= max(have) - 1 for number in short)  # only a family that has no more has less
+
+
+def test_a_sample_is_drawn_by_the_seed_and_grows() -> None:
+    given = rows("target", 30, "a") + rows("target", 30, "b")
+    taken, _ = sample(given, 11, 0)
+    assert taken == sample(given[::-1], 11, 0)[0] != sample(given, 11, 1)[0]
+    assert {row.id for row in taken} < {row.id for row in sample(given, 12, 0)[0]}
+    odd = {tuple(sorted(row.family for row in sample(given, 11, seed)[0])) for seed in range(20)}
+    assert len(odd) == 2  # whose turn comes in the last round is chance
 
 
 @given(

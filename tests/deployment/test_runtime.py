@@ -116,14 +116,29 @@ def test_equal_prompts_are_prefilled_once(folder, rows):
     assert together == answers(runtime, requests, temperature=1.0, batch_size=1)
 
 
-def test_bits_are_the_cross_entropy_of_the_text_and_its_end(folder):
+def test_a_shared_beginning_is_prefilled_once_and_changes_no_answer(folder, rows):
+    runtime = load(folder, COMPUTE)
+    asked = [(QUESTIONS[i % 2], QUESTIONS[2 + i // 2 % 2] + " " * i) for i in range(6)]
+    shared = [runtime.tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False) for q, _ in asked]
+    prompts = [before + runtime.prompt(question) for before, (_, question) in zip(shared, asked, strict=True)]
+    plain = answers(runtime, [Request(p, i) for i, p in enumerate(prompts)], temperature=1.0, batch_size=7)
+    rows.clear()
+    requests = [Request(p, i, before) for i, (p, before) in enumerate(zip(prompts, shared, strict=True))]
+    assert answers(runtime, requests, temperature=1.0, batch_size=7) == plain
+    assert rows[:2] == [2, 6]
+    mixed = [*requests, Request(runtime.prompt("Hi"))]
+    assert answers(runtime, mixed, temperature=1.0, batch_size=7)[:6] == plain
+
+
+@pytest.mark.parametrize(("stops", "end"), [(True, "<|im_end|>"), (False, "")])
+def test_bits_are_the_cross_entropy_of_the_text_and_of_its_end_if_it_has_one(folder, stops, end):
     runtime = load(folder, COMPUTE)
     prompt, text = runtime.prompt("Hi"), "A fox."
-    ids = runtime.tokenizer(prompt + text + "<|im_end|>", return_tensors="pt").input_ids
+    ids = runtime.tokenizer(prompt + text + end, return_tensors="pt").input_ids
     start = len(runtime.tokenizer(prompt).input_ids)
     logprobs = load_model(folder)(ids).logits.log_softmax(-1)
     expected = -sum(logprobs[0, i - 1, ids[0, i]].item() for i in range(start, ids.shape[1]))
-    assert runtime.bits(prompt, text) == pytest.approx(expected / 0.6931471805599453, rel=1e-4)
+    assert runtime.bits(prompt, text, stops=stops) == pytest.approx(expected / 0.6931471805599453, rel=1e-4)
 
 
 def test_sampling_follows_the_nucleus():

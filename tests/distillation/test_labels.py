@@ -84,6 +84,23 @@ def test_labels_are_the_models_logprobs(model: Any, tokenizer: Any, examples: An
     np.testing.assert_allclose(mass, 1, atol=2e-3)
 
 
+def test_a_sure_teachers_tail_keeps_its_digits() -> None:
+    """Masses from e-4 to e-200, far below what 1 - sum, or exp of a float32, can hold."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 400, generator=generator)
+    sure = torch.arange(50) * 7
+    logits[torch.arange(50), sure] += torch.linspace(10, 210, 50)
+    of_teacher = torch.arange(0, 400, 7)[:55]
+    columns, top, tail = labels._top(logits.clone(), of_teacher, 4)
+    exact = logits.double().log_softmax(1)
+    expected, places = exact[:, of_teacher].topk(4, dim=1)
+    assert (columns == places).all() and (of_teacher[columns[:, 0]] == sure).all()
+    torch.testing.assert_close(top.double(), expected, rtol=1e-6, atol=1e-5)
+    rest = exact.scatter(1, of_teacher[columns], -float("inf")).logsumexp(1)
+    torch.testing.assert_close(tail.double(), rest, rtol=1e-6, atol=1e-5)
+    assert tail.min() < -190 and tail.isfinite().all()
+
+
 def test_order_and_batch_size_change_nothing(model: Any, tokenizer: Any, examples: Any) -> None:
     network, text = model(), tokenizer()
     one, many = (call(network, text, examples(9), batch_size=size) for size in (1, 9))

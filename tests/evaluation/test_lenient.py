@@ -104,6 +104,31 @@ def test_a_farad_value_is_read_as_it_is_written(text):
     assert lenient.extract(value("F"), text) == "1.59e-08 F"
 
 
+@given(
+    st.sampled_from([*((letter, "ohm") for letter in "RkKM"), *((letter, "F") for letter in "pnuµm")]),
+    st.integers(0, 999),
+    st.integers(0, 99),
+    st.sampled_from(["", " ", "unit"]),
+)
+def test_a_letter_stands_for_the_decimal_point(letter, whole, part, behind):
+    (letter, unit), behind = letter, letter[1] if behind == "unit" else behind
+    factor = {"R": 1, "k": 1e3, "K": 1e3, "M": 1e6, "p": 1e-12, "n": 1e-9, "u": 1e-6, "µ": 1e-6, "m": 1e-3}[letter]
+    found = lenient.extract(value(unit), f"first 5{unit}, so {whole}{letter}{part}{behind}. Fine")
+    assert float(found.removesuffix(unit)) == pytest.approx(float(f"{whole}.{part}") * factor)
+
+
+def test_a_letter_may_end_the_code():
+    assert lenient.extract(value("F"), "It is 100n, at 5 kHz") == "1e-07 F"
+    assert lenient.extract(value("ohm"), "It is 100R, not 5k") == "100 ohm"
+
+
+@pytest.mark.parametrize(
+    ("text", "unit"), [("4k7", "F"), ("4u7", "ohm"), ("LM4k7", "ohm"), ("4k7 F", "F"), ("4k7x", "ohm")]
+)
+def test_such_a_code_of_another_unit_or_within_a_word_is_no_value(text, unit):
+    assert lenient.judge(value(unit, 4700), text, "stop").rule == "no_quantity"
+
+
 @pytest.mark.parametrize("text", ["10⁻⁸ F", "10^-8 F", "10^(-8) F", "10^{-8} \\mathrm{F}", "10**-8 F"])
 def test_a_power_of_ten_needs_no_factor(text):
     assert lenient.extract(value("F"), text) == "1e-08 F"
@@ -316,7 +341,10 @@ def runtime(tmp_path_factory):
 def test_the_examples_are_earlier_turns_and_the_question_comes_last(runtime):
     given = lessons("gain")
     (asked,) = lessons("gain", 1)
-    (prompt,) = lenient.prompts(runtime.tokenizer, [asked], given)
+    (request,) = lenient.requests(runtime.tokenizer, [asked], given)
+    prompt = request.prompt
+    assert prompt.removeprefix(request.shared).count(asked.question) == 1
+    assert request.shared.count("</answer>") == lenient.SHOTS
     places = [prompt.index(text) for lesson in lenient.examples(given, "gain") for text in (lesson.question,)]
     assert places == sorted(places)
     assert prompt.count("</answer>") == lenient.SHOTS
@@ -326,16 +354,16 @@ def test_the_examples_are_earlier_turns_and_the_question_comes_last(runtime):
 def test_the_harness_judges_a_model_leniently(runtime, monkeypatch):
     test = lessons("gain", 2) + lessons("regulator", 1)
     limits = Evaluate.model_construct(max_new_tokens=4, batch_size=2, confidence=0.95)
-    prompts = lenient.prompts(runtime.tokenizer, test, test)
+    requests = lenient.requests(runtime.tokenizer, test, test)
     asked, generate = [], runtime.generate
     monkeypatch.setattr(
         runtime, "generate", lambda requests, **options: asked.append(requests) or generate(requests, **options)
     )
     strict = harness.answer(runtime, test, limits)
-    free = harness.answer(runtime, test, limits, prompts, lambda asked, _, reason: lenient.judge(asked, "B", reason))
+    free = harness.answer(runtime, test, limits, requests, lambda asked, _, reason: lenient.judge(asked, "B", reason))
     assert [[request.prompt for request in requests] for requests in asked] == [
         [runtime.prompt(p.question) for p in test],
-        prompts,
+        [request.prompt for request in requests],
     ]
     assert [row.problem_id for row in free] == [p.id for p in test]
     assert [row.correct for row in free] == [False, False, test[2].check["expected"] == test[2].check["candidates"][1]]

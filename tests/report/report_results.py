@@ -100,7 +100,13 @@ def make_results(root: Path) -> Results:
             "expert": {"model": "models/teacher"},
             "base": {"model": "models/sources/smollm"},
         },
-        "filter": {"teachers": ["expert", "base"], "target_share": 0.8, "max_tokens": 256, "keep_incorrect": False},
+        "filter": {
+            "teachers": ["expert", "base"],
+            "target_share": 0.8,
+            "max_tokens": 256,
+            "max_rows": None,
+            "keep_incorrect": False,
+        },
         "distill": {"alpha": 0.7, "temperature": 2.0, "learning_rate": 0.0004},
         "evaluate": {
             "models": {name: f"models/{name}" for name in MODELS},

@@ -39,11 +39,11 @@ def source(tmp_path_factory):
     return folder
 
 
-def run(source, checkpoints, dtype="float32", save_every=5):
+def run(source, checkpoints, dtype="float32", save_every=5, lessons=LESSONS):
     model, curve = specialize(
         load_model(source),
         load_tokenizer(source),
-        LESSONS,
+        lessons,
         SETTINGS,
         seed=3,
         compute=Compute(threads=1, dtype=dtype, device="cpu"),
@@ -60,11 +60,17 @@ def whole(source, tmp_path_factory):
     }
 
 
-def test_the_curve_has_a_row_for_every_five_steps_and_falls(whole):
+def test_the_curve_has_a_row_for_every_five_steps_and_the_rest_and_falls(whole):
     _, curve = whole["float32"]
-    assert [row["step"] for row in curve] == [5, 10]
+    assert [row["step"] for row in curve] == [5, 10, 14]
     assert all(set(row) == {"step", "loss", "learning_rate", "gradient_norm"} for row in curve)
     assert curve[-1]["loss"] < curve[0]["loss"]
+
+
+def test_a_run_of_few_steps_has_a_curve_too(source, tmp_path):
+    _, curve = run(source, tmp_path, lessons=LESSONS[:9])
+    assert [row["step"] for row in curve] == [3]
+    assert 0 < curve[0]["loss"] < 10
 
 
 def stop_at(patched, owner, name, call, error):

@@ -1,7 +1,7 @@
 """Reactive parts at a frequency: RC and RL low-pass, a capacitor's reactance, and the timing of a 555.
 
 A solution keeps mantissas and powers of ten apart: a small model multiplies two mantissas by heart and adds exponents,
-and fails at numbers like 0.00022.
+and fails at numbers like 0.00022. A step is computed with the numbers that it shows, so that each is true as it stands.
 """
 
 import math
@@ -42,7 +42,8 @@ class RcFilter(Calculated):
 
     def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
         (rm, re), (fm, fe) = scientific(inputs["r"]), scientific(inputs["f"])
-        product, quotient = reciprocal(rm, fm)
+        product = rm * fm
+        quotient = rounded(159 / product)
         both = re + fe
         return (
             f"R={plain(rm)}e{re}; f={plain(fm)}e{fe}; {plain(rm)}*{plain(fm)}={plain(product)}; "
@@ -77,7 +78,8 @@ class Reactance(Calculated):
 
     def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
         (cm, ce), (fm, fe) = scientific(inputs["c"]), scientific(inputs["f"])
-        product, quotient = reciprocal(cm, fm)
+        product = cm * fm
+        quotient = rounded(159 / product)
         both = -ce - fe
         return (
             f"C={plain(cm)}e{ce}; f={plain(fm)}e{fe}; {plain(cm)}*{plain(fm)}={plain(product)}; "
@@ -113,7 +115,7 @@ class RlFilter(Calculated):
     def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
         (lm, le), (fm, fe) = scientific(inputs["l"]), scientific(inputs["f"])
         product = lm * fm
-        result = float(f"{2 * math.pi * product:.3g}")
+        result = rounded(6.28 * product)
         exponent = fe + le
         return (
             f"L={plain(lm)}e{le}; f={plain(fm)}e{fe}; {plain(lm)}*{plain(fm)}={plain(product)}; "
@@ -149,16 +151,17 @@ class OneShot(Calculated):
     def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
         (rm, re), (tm, te) = scientific(inputs["r"]), scientific(inputs["t"])
         longer = 1.1 * rm
-        quotient = float(f"{tm / longer:.3g}")
+        # 1/x before the time comes in: six reciprocals to know by heart, not eighteen quotients.
+        inverse = rounded(1 / longer)
+        product = tm * inverse
         exponent = te - re
         return (
             f"R={plain(rm)}e{re}; t={plain(tm)}e{te}; 1.1*{plain(rm)}={plain(longer)}; "
-            f"{plain(tm)}/{plain(longer)}={plain(quotient)}; {te}-{re}={exponent}",
-            f"{plain(quotient)}e{exponent} F",
+            f"1/{plain(longer)}={plain(inverse)}; {plain(tm)}*{plain(inverse)}={plain(product)}; {te}-{re}={exponent}",
+            f"{plain(product)}e{exponent} F",
         )
 
 
-def reciprocal(one: float, other: float) -> tuple[float, float]:
-    """The product of two mantissas, and 159 / product: 1 / (2 pi) is 159e-3."""
-    product = one * other
-    return product, float(f"{1000 / (2 * math.pi) / product:.3g}")
+def rounded(value: float) -> float:
+    """To three significant digits, which the 2% of the check leave room for."""
+    return float(f"{value:.3g}")

@@ -94,12 +94,15 @@ class Divider(Calculated):
         return inputs["r1"] * inputs["vout"] / (inputs["vin"] - inputs["vout"])
 
     def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
-        rest = inputs["vin"] - inputs["vout"]
-        ratio = inputs["vout"] / rest
-        kilo = inputs["r1"] / 1000
-        answer = f"{plain(ratio * kilo)}k ohm"
+        vin, vout = inputs["vin"], inputs["vout"]
+        (vi, ones_in), (vo, ones_out) = divmod(vin, 10), divmod(vout, 10)
+        ones, tens, rest = ones_in - ones_out, (vi - vo) * 10, vin - vout
+        ratio = vout / rest
+        mantissa, exponent = scientific(inputs["r1"])
         return (
-            f"{inputs['vin']}-{inputs['vout']}={rest}; {inputs['vout']}/{rest}={plain(ratio)}; "
-            f"{plain(kilo)}*{plain(ratio)}={plain(ratio * kilo)}",
-            answer,
+            # Ones and tens apart, so that no borrowing happens within a step.
+            f"{ones_in}-{ones_out}={ones}; {vi * 10}-{vo * 10}={tens}; {tens}{ones:+d}={rest}; "
+            f"{vout}/{rest}={plain(ratio)}; R1={plain(mantissa)}e{exponent}; "
+            f"{plain(mantissa)}*{plain(ratio)}={plain(mantissa * ratio)}",
+            f"{plain(mantissa * ratio)}e{exponent} ohm",
         )
