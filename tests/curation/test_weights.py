@@ -50,7 +50,7 @@ def test_domain_teacher_and_difficulty_multiply() -> None:
 
 
 def test_a_weight_for_a_teacher_that_is_not_read_is_refused() -> None:
-    given = {"teachers": ["expert"], "target_share": 0.8, "max_tokens": 99, "keep_incorrect": False}
+    given = {"teachers": ["expert"], "target_share": 0.8, "max_tokens": 99, "max_rows": None, "keep_incorrect": False}
     with pytest.raises(ValueError, match=r"weights.teacher names \['exprt'\], which are not among teachers: expert"):
         Filter(**given, weights=Weights(**PLAIN | {"teacher": {"exprt": 2.0}}))
 
