@@ -124,7 +124,6 @@ class Runtime:
 
     def __init__(self, folder: Path, compute: Compute) -> None:
         self.tokenizer = load_tokenizer(folder)
-        self.tokenizer.padding_side = "left"
         self.engine = (OnnxEngine if (folder / ONNX_FILE).exists() else TorchEngine)(folder, compute)
 
     def prompt(self, question: str) -> str:
@@ -253,10 +252,13 @@ class Runtime:
         self, ids: list[list[int]], mask: torch.Tensor, past: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]:
         """Append tokens to every row of a cache, padded on the left; as `_prefill`."""
-        batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-        mask = torch.cat([mask, batch["attention_mask"].long()], dim=1)
+        length = max(map(len, ids))
+        room = [length - len(row) for row in ids]
+        padded = torch.tensor([[self.tokenizer.pad_token_id] * n + row for n, row in zip(room, ids, strict=True)])
+        written = torch.tensor([[0] * n + [1] * (length - n) for n in room])
+        mask = torch.cat([mask, written], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits, past = self.engine(batch["input_ids"].long(), mask, positions[:, -batch["input_ids"].shape[1] :], past)
+        logits, past = self.engine(padded, mask, positions[:, -length:], past)
         return logits, mask, positions[:, -1:], past
 
 
