@@ -104,12 +104,12 @@ def measure_training(train: Callable[[], Any], tokens: int) -> dict[str, float]:
 def train_q2t(folder: Path, rows: Sequence[Any], distil: bool) -> dict[str, float]:
     from torch import get_num_threads
 
-    from q2t.config import Compute, Optimizer, load
+    from q2t.config import Compute, load
     from q2t.distillation.loop import train
     from q2t.sources import load_model
 
     shared: dict[str, Any] = TRAINING | {"epochs": EPOCHS, "batch_size": BATCH, "warmup": WARMUP}
-    settings: Optimizer = load().distill.model_copy(update=shared) if distil else Optimizer(**shared)
+    settings = load().distill.model_copy(update=shared | ({} if distil else {"alpha": 0.0}))
     if not distil:
         none = {name: getattr(rows[0], name)[:0] for name in ("top_ids", "top_logprobs", "tail_logprob")}
         rows = [replace(row, **none) for row in rows]

@@ -46,8 +46,8 @@ def mix(
     if not units:
         raise ValueError(
             f"filter.target_share {share} means {per_target} target rows for {per_general} general ones, and "
-            f"only {len(target)} and {len(general)} passed the filter; ask the teachers more, or choose "
-            "another share"
+            f"only {len(target)} and {len(general)} are left after the filter and its max_rows; ask the teachers more, "
+            "or choose another share or max_rows"
         )
     taken, surplus = [], []
     for rows, count in ((target, units * per_target), (general, units * per_general)):

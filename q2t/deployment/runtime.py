@@ -30,7 +30,7 @@ class Request:
     seed: int = 0
     """Start of the row's random stream; unused when greedy."""
     shared: str = ""
-    """How the prompt begins, where others begin alike: computed once for a batch. It ends where a token ends."""
+    """How the prompt begins, where others begin alike: computed once for a batch. Its tokens begin the prompt's."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ class Runtime:
         before = self.tokenizer(prompt, add_special_tokens=False).input_ids
         written = self.tokenizer(text, add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id] * stops
         logits = self.engine.logits(torch.tensor([before + written]))[len(before) - 1 : -1]
-        nats = torch.nn.functional.cross_entropy(logits, torch.tensor(written), reduction="sum")
+        targets = torch.tensor(written, dtype=torch.long)  # a text that was cut may be empty
+        nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         return float(nats) / math.log(2)
 
     def stream(self, question: str, *, max_new_tokens: int) -> Iterator[str]:
@@ -236,7 +237,9 @@ class Runtime:
         heads = self.tokenizer(shared).input_ids
         head = torch.tensor([shared.index(r.shared) for r in distinct])
         prompts = self.tokenizer([r.prompt for r in distinct]).input_ids
-        rests = [ids[len(heads[place]) :] for ids, place in zip(prompts, head.tolist(), strict=True)]
+        begins = [heads[place] for place in head.tolist()]
+        assert all(ids[: len(begin)] == begin for ids, begin in zip(prompts, begins, strict=True))
+        rests = [ids[len(begin) :] for ids, begin in zip(prompts, begins, strict=True)]
         mask, past = torch.ones(len(distinct), 0, dtype=torch.long), None
         if any(heads):
             _, mask, _, past = self._extend(heads, torch.ones(len(heads), 0, dtype=torch.long), None)

@@ -2,7 +2,7 @@
 
 What a token stands for is taken from the vocabulary and checked against the text, so that neither an added begin
 token nor a character cut in two can shift what follows, as with decoded strings (TRL #4392). What the losses over
-these spans are, `span_losses` says.
+these spans are, `span_losses` says. For a training loop of your own: no stage uses it yet.
 """
 
 import re
@@ -97,7 +97,7 @@ def check_same_vocabulary(student: Any, teacher: Any, loss: str) -> None:
 
     Args:
         student: its tokenizer, as the teacher's.
-        loss: its name in the configuration.
+        loss: its name, for the message.
 
     Raises:
         ValueError: the vocabularies differ; names a token that does.
@@ -110,10 +110,7 @@ def check_same_vocabulary(student: Any, teacher: Any, loss: str) -> None:
         what = f"token {token!r} has id {ours.get(token)} in the student's and {theirs.get(token)} in the teacher's"
     else:
         what = f"the student's texts end on {student.eos_token!r} and the teacher's on {teacher.eos_token!r}"
-    raise ValueError(
-        f"{loss} needs one vocabulary, but {what} (of {len(ours)} and {len(theirs)} tokens): {INSTEAD}, or take a loss "
-        "over aligned spans"
-    )
+    raise ValueError(f"{loss} needs one vocabulary, but {what} (of {len(ours)} and {len(theirs)} tokens): {INSTEAD}")
 
 
 def overlap(student: Vocabulary, teacher: Vocabulary) -> dict[str, float]:

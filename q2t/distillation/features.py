@@ -5,7 +5,8 @@ map, MiniLM (arXiv 2002.10957) for KL between attention distributions. Needs the
 that are the same for both: `in_teacher_ids` refuses others.
 
 Like `losses`, everything is one value per completion token, never a mean over tokens. Values count at the
-positions that predict completion tokens, and nowhere else: no prompt, no padding.
+positions that predict completion tokens, and nowhere else: no prompt, no padding. For a training loop of your own: no
+stage uses it yet.
 """
 
 import math

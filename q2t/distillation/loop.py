@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from tqdm import tqdm
 
-from q2t.config import Compute, Distill, Optimizer
+from q2t.config import Compute, Distill
 from q2t.distillation import batches, phases, weighting
 from q2t.distillation.labels import Row
 from q2t.distillation.losses import Terms, completion_loss
@@ -34,7 +34,7 @@ FEWEST = 10
 def train(
     model: Any,
     rows: Sequence[Row],
-    settings: Optimizer,
+    settings: Distill,
     *,
     seed: int,
     compute: Compute,
@@ -51,7 +51,6 @@ def train(
     Args:
         model: a causal language model; comes back in float32, in evaluation mode.
         rows: labelled or not; without labels, a row is learnt by cross-entropy alone.
-        settings: a `Distill` has both losses, any other `Optimizer` cross-entropy.
         checkpoints: a folder of this run alone, its name depending on all that shapes the result; safe to
             delete once the model is published.
         curve: the CSV, one line per step: `loss` is what is minimised, the other two are before weighting
@@ -67,8 +66,6 @@ def train(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    if not isinstance(settings, Distill):
-        settings = _cross_entropy_only(settings)
     # A process may train twice with other settings, and accelerate would keep the first ones.
     AcceleratorState._reset_state(reset_partial_state=True)
     device = torch.device(compute.device)
@@ -186,25 +183,6 @@ def accumulate(
         accelerator.backward(terms.total / tokens)
         sums = [a + b for a, b in zip(sums, values, strict=True)]
     return Terms(*(value / tokens for value in sums))
-
-
-def _cross_entropy_only(settings: Optimizer) -> Distill:
-    return Distill(
-        **settings.model_dump(include=set(Optimizer.model_fields)),
-        seed=0,
-        alpha=0.0,
-        temperature=1.0,
-        divergence="forward_kl",
-        beta=0.5,
-        schedule="linear",
-        spike_factor=None,
-        domains=["target", "general"],
-        share=1.0,
-        teacher_only=[],
-        balance=False,
-        curriculum=0.0,
-        phases=[],
-    )
 
 
 def is_spike(norm: float, earlier: Sequence[float], factor: float | None) -> bool:

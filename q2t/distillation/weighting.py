@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from q2t.config import Distill
@@ -48,8 +49,12 @@ def curriculum(
     the head.
     """
     exact = torch.promote_types(hidden.dtype, torch.float32)
-    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    losses = torch.cat([cross_entropy((part @ head_weight.T).to(exact), target) for part, target in parts])
+    parts = []
+    for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        # oneDNN keeps a primitive and its memory per shape: padded, the last chunks have few.
+        logits = F.pad(part, (0, 0, 0, -len(part) % 32)) @ head_weight.T
+        parts.append(cross_entropy(logits[: len(part)].to(exact), target))
+    losses = torch.cat(parts)
     factors = []
     for of_row in losses.split([row.completion_tokens for row in rows]):
         loss = of_row.mean().item()
@@ -61,7 +66,8 @@ def balance(cross_entropies: Sequence[float], distillations: Sequence[float]) ->
     """Factor on distillation that gives it the scale of cross-entropy, from the terms of past steps before weighting.
 
     So alpha alone says what each counts, whatever temperature and divergence make of the scale (the balancer of
-    NVIDIA's Model-Optimizer, from a running mean, so that single steps don't steer). 1 while there is no past.
+    NVIDIA's Model-Optimizer, from a running mean, so that single steps don't steer). Sum against sum: tokens without
+    labels have their cross-entropy in it. 1 while there is no past.
     """
     task, distillation = math.fsum(cross_entropies), math.fsum(distillations)
     if not distillation > 0:

@@ -84,8 +84,9 @@ def requests(
         shown = str(tokenizer.apply_chat_template(turns, tokenize=False)) if turns else ""
         turns.append({"role": "user", "content": problem.question})
         prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        # A template may end the last turn in another way than the turns before it.
-        rendered.append(Request(prompt, shared=shown if prompt.startswith(shown) else ""))
+        begin = tokenizer(shown).input_ids
+        # A template may end the last turn in another way than those before it, or a token may reach into the next turn.
+        rendered.append(Request(prompt, shared=shown if tokenizer(prompt).input_ids[: len(begin)] == begin else ""))
     return rendered
 
 

@@ -18,7 +18,7 @@ Scale = Callable[[float], float]
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 WIDTH = 360
-SERIES = {"loss": "loss", "cross_entropy": "cross-entropy", "kl": "KL"}
+SERIES = {"loss": "loss", "cross_entropy": "cross-entropy", "kl": "distillation"}
 
 
 def graph(nodes: Sequence[Mapping[str, str]], edges: Iterable[tuple[str, str]], title: str) -> Markup:

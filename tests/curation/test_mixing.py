@@ -81,5 +81,5 @@ def test_one_row_more_changes_few() -> None:
 
 
 def test_the_error_names_both_counts() -> None:
-    with pytest.raises(ValueError, match="4 target rows for 1 general ones, and only 3 and 9 passed"):
+    with pytest.raises(ValueError, match="4 target rows for 1 general ones, and only 3 and 9 are left"):
         mix(rows("target", 3), rows("general", 9), 0.8, 0)

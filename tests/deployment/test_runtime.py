@@ -141,6 +141,11 @@ def test_bits_are_the_cross_entropy_of_the_text_and_of_its_end_if_it_has_one(fol
     assert runtime.bits(prompt, text, stops=stops) == pytest.approx(expected / 0.6931471805599453, rel=1e-4)
 
 
+def test_an_empty_text_that_was_cut_takes_no_bits(folder):
+    runtime = load(folder, COMPUTE)
+    assert runtime.bits(runtime.prompt("Hi"), "", stops=False) == 0
+
+
 def test_sampling_follows_the_nucleus():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
     uniform = torch.linspace(0, 0.9999, 2000)

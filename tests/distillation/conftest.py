@@ -1,13 +1,16 @@
 """A tokenizer of single bytes, random models and rows, all tiny."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_model
 
 from q2t.config import Compute, Distill
+from q2t.distillation import loop
 from q2t.distillation.labels import Row
 from q2t.records import Example
 
@@ -140,3 +143,67 @@ def rows() -> Callable[..., list[Row]]:
 @pytest.fixture
 def settings() -> Distill:
     return SETTINGS
+
+
+@pytest.fixture
+def accelerator() -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True)
+
+
+def weights(model: Any, path: Path) -> bytes:
+    save_model(model, str(path))
+    return path.read_bytes()
+
+
+def step_gradient(model: Any, micro_batches: list[Any], settings: Any, accelerator: Any) -> Any:
+    model.zero_grad()
+    losses = loop.accumulate(model, micro_batches, settings, accelerator)
+    return losses, [p.grad.clone() for p in model.parameters()]
+
+
+def train_run(
+    model: Any, rows: Any, settings: Any, compute: Any, folder: Path, every: int = 5, **more: Any
+) -> tuple[bytes, bytes]:
+    """The model's bytes, and the curve's, of a run in `folder`."""
+    folder.mkdir(exist_ok=True)
+    trained = loop.train(
+        model(),
+        rows(22, unlabelled_every=every),
+        settings,
+        seed=3,
+        compute=compute,
+        checkpoints=folder / "checkpoints",
+        curve=folder / "curve.csv",
+        **{"save_every": 3, **more},
+    )
+    return weights(trained, folder / "model"), (folder / "curve.csv").read_bytes()
+
+
+@pytest.fixture
+def gradient() -> Any:
+    return step_gradient
+
+
+@pytest.fixture
+def run() -> Any:
+    return train_run
+
+
+@pytest.fixture
+def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Interrupts the step of this number."""
+    accumulate = loop.accumulate
+
+    def kill(at: int) -> None:
+        def killed(*arguments: Any) -> Any:
+            if arguments[-1] == at:
+                raise KeyboardInterrupt
+            return accumulate(*arguments)
+
+        monkeypatch.setattr(loop, "accumulate", killed)
+
+    return kill

@@ -4,15 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_model
 
-from q2t.config import Optimizer, Phase
 from q2t.distillation import loop
 from q2t.distillation.batches import collate
 
@@ -30,30 +29,10 @@ METHODS: dict[str, dict[str, Any]] = {
 every_method = pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
 
 
-@pytest.fixture
-def accelerator() -> Any:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=True)
-
-
-def weights(model: Any, path: Path) -> bytes:
-    save_model(model, str(path))
-    return path.read_bytes()
-
-
-def gradient(model: Any, micro_batches: list[Any], settings: Any, accelerator: Any) -> Any:
-    model.zero_grad()
-    losses = loop.accumulate(model, micro_batches, settings, accelerator)
-    return losses, [p.grad.clone() for p in model.parameters()]
-
-
 @every_method
 @pytest.mark.parametrize("count", [8, 5])
 def test_the_split_into_micro_batches_changes_nothing(
-    count: int, changes: dict[str, Any], model: Any, rows: Any, settings: Any, accelerator: Any
+    gradient: Any, count: int, changes: dict[str, Any], model: Any, rows: Any, settings: Any, accelerator: Any
 ) -> None:
     """1, 4 and 8 micro-batches, unequal lengths, a last short one, rows without labels, pad == eos."""
     settings = settings.model_copy(update=changes)
@@ -64,7 +43,9 @@ def test_the_split_into_micro_batches_changes_nothing(
         torch.testing.assert_close(gradient(network, split, settings, accelerator), whole)
 
 
-def test_the_loss_is_that_of_the_definition(model: Any, rows: Any, settings: Any, accelerator: Any) -> None:
+def test_the_loss_is_that_of_the_definition(
+    gradient: Any, model: Any, rows: Any, settings: Any, accelerator: Any
+) -> None:
     """Through the model's own logits and torch's own cross-entropy."""
     network, chosen = model(dtype=torch.float64), rows(6, unlabelled_every=1)
     (loss, task, kl, *_), _ = gradient(network, [chosen], settings, accelerator)
@@ -82,7 +63,13 @@ def test_the_loss_is_that_of_the_definition(model: Any, rows: Any, settings: Any
 
 @every_method
 def test_only_positions_that_predict_completions_get_a_gradient(
-    changes: dict[str, Any], model: Any, rows: Any, settings: Any, accelerator: Any, monkeypatch: pytest.MonkeyPatch
+    gradient: Any,
+    changes: dict[str, Any],
+    model: Any,
+    rows: Any,
+    settings: Any,
+    accelerator: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of the last hidden states, whatever the method."""
     states: list[torch.Tensor] = []
@@ -102,7 +89,7 @@ def test_only_positions_that_predict_completions_get_a_gradient(
     assert (learnt == expected).all()
 
 
-def test_prompt_tokens_are_not_learnt(model: Any, rows: Any, settings: Any, accelerator: Any) -> None:
+def test_prompt_tokens_are_not_learnt(gradient: Any, model: Any, rows: Any, settings: Any, accelerator: Any) -> None:
     """Logits of positions that predict prompt tokens get no gradient: no prompt token is pushed up."""
     network = model()
     network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.detach().clone())  # untied
@@ -118,32 +105,14 @@ def test_prompt_tokens_are_not_learnt(model: Any, rows: Any, settings: Any, acce
     torch.testing.assert_close(network.lm_head.weight.grad[200], expected, rtol=1e-4, atol=1e-6)
 
 
-def run(
-    model: Any, rows: Any, settings: Any, compute: Any, folder: Path, every: int = 5, **more: Any
-) -> tuple[bytes, bytes]:
-    trained = loop.train(
-        model(),
-        rows(22, unlabelled_every=every),
-        settings,
-        seed=3,
-        compute=compute,
-        checkpoints=folder / "checkpoints",
-        curve=folder / "curve.csv",
-        **{"save_every": 3, **more},
-    )
-    return weights(trained, folder / "model"), (folder / "curve.csv").read_bytes()
-
-
 @every_method
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_runs_give_equal_bytes_and_learn(
-    dtype: str, changes: dict[str, Any], model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+    run: Any, dtype: str, changes: dict[str, Any], model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
 ) -> None:
     compute = compute.model_copy(update={"dtype": dtype})
     settings = settings.model_copy(update=changes)
     every = 0 if settings.teacher_only else 5
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
     first = run(model, rows, settings, compute, tmp_path / "a", every)
     assert first == run(model, rows, settings, compute, tmp_path / "b", every, save_every=1000)
     lines = [line.split(",") for line in first[1].decode().splitlines()]
@@ -157,6 +126,7 @@ def test_two_runs_give_equal_bytes_and_learn(
 
 @pytest.mark.parametrize("killed_at", [0, 3, 4, 8, 11])
 def test_a_killed_run_goes_on_to_the_same_bytes(
+    run: Any,
     killed_at: int,
     model: Any,
     rows: Any,
@@ -164,23 +134,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     compute: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    kill_at: Any,
 ) -> None:
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
     whole = run(model, rows, settings, compute, tmp_path / "whole")
     accumulate = loop.accumulate
     steps = []
-
-    def killed(*arguments: Any) -> Any:
-        if arguments[-1] == killed_at:
-            raise KeyboardInterrupt
-        return accumulate(*arguments)
 
     def counted(*arguments: Any) -> Any:
         steps.append(arguments[-1])
         return accumulate(*arguments)
 
-    monkeypatch.setattr(loop, "accumulate", killed)
+    kill_at(killed_at)
     with pytest.raises(KeyboardInterrupt):
         run(model, rows, settings, compute, tmp_path / "killed")
     assert not (tmp_path / "killed" / "curve.csv").exists()
@@ -213,9 +177,7 @@ loop.train(tiny_model(), make_rows(22, unlabelled_every=5), SETTINGS, seed=3,
 """
 
 
-def test_sigkill(model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path) -> None:
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
+def test_sigkill(run: Any, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path) -> None:
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": str(here.parents[1])}
     child = subprocess.run(
@@ -232,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
 ) -> None:
     network, bad = model(), rows(4)
     bad[2].top_logprobs[0, 0] = np.nan
-    before = weights(network, tmp_path / "before")
+    before = [parameter.clone() for parameter in network.parameters()]
     with pytest.raises(ValueError, match=r"loss is nan at step 1, rows .*r2"):
         loop.train(
             network,
@@ -243,21 +205,24 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
             checkpoints=tmp_path / "checkpoints",
             curve=tmp_path / "curve.csv",
         )
-    assert weights(network, tmp_path / "after") == before
+    assert all(map(torch.equal, network.parameters(), before))
     assert not (tmp_path / "curve.csv").exists()
 
 
-def test_plain_settings_ignore_labels(model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path) -> None:
-    plain = Optimizer(**settings.model_dump(include=set(Optimizer.model_fields)))
-    for name in ("plain", "task"):
-        (tmp_path / name).mkdir()
-    task = run(model, rows, settings.model_copy(update={"alpha": 0.0, "temperature": 1.0}), compute, tmp_path / "task")
-    assert run(model, rows, plain, compute, tmp_path / "plain") == task
-    assert task != run(model, rows, settings, compute, tmp_path)
+def test_without_distillation_labels_teach_nothing(
+    run: Any, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+) -> None:
+    def other(count: int, **named: Any) -> Any:
+        return [replace(row, tail_logprob=row.tail_logprob - 1) for row in rows(count, **named)]
+
+    task = settings.model_copy(update={"alpha": 0.0})
+    plain = run(model, rows, task, compute, tmp_path / "plain")[0]
+    assert run(model, other, task, compute, tmp_path / "changed")[0] == plain
+    assert run(model, other, settings, compute, tmp_path / "distilled")[0] != plain
 
 
 def test_every_epoch_has_all_rows_in_another_order(
-    model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accumulate, seen = loop.accumulate, []
 
@@ -270,133 +235,6 @@ def test_every_epoch_has_all_rows_in_another_order(
     first, second = (sum(epoch, []) for epoch in (seen[:6], seen[6:]))
     assert sorted(first) == sorted(second) == sorted(f"r{i}" for i in range(22))
     assert first != second
-
-
-PHASED = [Phase(epochs=1, alpha=1.0), Phase(epochs=1, learning_rate=0.002, schedule="cosine", share=0.5, alpha=0.0)]
-
-
-@pytest.mark.parametrize("killed_at", [2, 6, 7])
-def test_a_run_killed_inside_any_phase_goes_on_to_the_same_bytes(
-    killed_at: int,
-    model: Any,
-    rows: Any,
-    settings: Any,
-    compute: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Six steps and three, with a checkpoint every second step, so on the border too; one curve."""
-    settings = settings.model_copy(update={"phases": PHASED, "balance": True, "spike_factor": 1.5})
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    whole = run(model, rows, settings, compute, tmp_path / "whole", save_every=1000)
-    accumulate = loop.accumulate
-
-    def killed(*arguments: Any) -> Any:
-        if arguments[-1] == killed_at:
-            raise KeyboardInterrupt
-        return accumulate(*arguments)
-
-    monkeypatch.setattr(loop, "accumulate", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, rows, settings, compute, tmp_path / "killed", save_every=2)
-    monkeypatch.setattr(loop, "accumulate", accumulate)
-    assert run(model, rows, settings, compute, tmp_path / "killed", save_every=2) == whole
-    lines = [line.split(",") for line in whole[1].decode().splitlines()]
-    assert lines[0] == [*loop.CURVE, *loop.MORE]
-    assert [(line[0], line[-2]) for line in lines[1:]] == [(str(i + 1), "1" if i < 6 else "2") for i in range(9)]
-
-
-def test_a_phase_starts_with_fresh_moments(
-    model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two phases give what two runs, one after the other, give."""
-    plan = loop.phases.plan
-    phased = settings.model_copy(update={"phases": PHASED})
-    for name in ("both", "first", "second"):
-        (tmp_path / name).mkdir()
-    both = run(model, rows, phased, compute, tmp_path / "both")
-    network = model()
-    for phase, name in ((1, "first"), (2, "second")):
-
-        def only(*arguments: Any, phase: int = phase, **named: Any) -> Any:
-            return [step for step in plan(*arguments, **named) if step.phase == phase]
-
-        monkeypatch.setattr(loop.phases, "plan", only)
-        apart = run(lambda: network, rows, phased, compute, tmp_path / name)
-    assert apart[0] == both[0]
-
-
-def test_a_spike_is_skipped_and_counted(
-    model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights and moments are those of before; the next step is taken."""
-    accumulate, before = loop.accumulate, {}
-
-    def spiky(network: Any, micro_batches: Any, *rest: Any) -> Any:
-        before[rest[-1]] = network.model.norm.weight.detach().clone()
-        terms = accumulate(network, micro_batches, *rest)
-        if rest[-1] == 10:
-            for parameter in network.parameters():
-                parameter.grad *= 1000
-        return terms
-
-    monkeypatch.setattr(loop, "accumulate", spiky)
-    _, curve = run(model, rows, settings.model_copy(update={"spike_factor": 50.0}), compute, tmp_path)
-    lines = [line.split(",") for line in curve.decode().splitlines()]
-    assert [line[-1] for line in lines] == ["skipped", *["0"] * 10, "1", "0"]
-    assert (before[10] == before[11]).all() and (before[9] != before[10]).any()
-
-
-def test_a_spike_is_one_against_the_running_median() -> None:
-    norms = [1.0] * 5 + [3.0] * 6
-    assert loop.is_spike(31.0, norms, 10.0) and not loop.is_spike(29.0, norms, 10.0)
-    assert not loop.is_spike(31.0, norms, None)
-    assert not loop.is_spike(1e9, [1.0] * (loop.FEWEST - 1), 10.0)
-    # A level that lasts is no spike: after half a window training goes on.
-    norms = [1.0] * 100
-    skipped = 0
-    while loop.is_spike(100.0, norms[-loop.WINDOW :], 10.0):
-        norms.append(100.0)
-        skipped += 1
-    assert skipped == loop.WINDOW // 2
-
-
-def test_a_curriculum_weights_both_terms(model: Any, rows: Any, settings: Any, accelerator: Any) -> None:
-    """By 1 - p of each row, p being what the row alone has for a mean probability."""
-    network, chosen = model(dtype=torch.float64), rows(4)
-    settings = settings.model_copy(update={"alpha": 0.25})
-    alone = [gradient(network, [[row]], settings, accelerator)[0] for row in chosen]
-    together, _ = gradient(network, [chosen], settings.model_copy(update={"curriculum": 1.0}), accelerator)
-    tokens = [row.completion_tokens for row in chosen]
-    factors = [1 - np.exp(-terms.cross_entropy) for terms in alone]
-    for name in ("total", "weighted_cross_entropy", "weighted_distillation"):
-        terms = [getattr(terms, name) for terms in alone]
-        expected = sum(n * f * term for n, f, term in zip(tokens, factors, terms, strict=True)) / sum(tokens)
-        assert getattr(together, name) == pytest.approx(expected)
-    assert together.cross_entropy < sum(terms.cross_entropy for terms in alone)
-
-
-def test_balance_comes_from_the_phases_curve(
-    model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
-) -> None:
-    """Each step's factor is the past's cross-entropy over its divergence, and a phase starts anew with 1."""
-    chosen = rows(8)
-    for row in chosen:
-        object.__setattr__(row, "weight", 1.0)
-    given = settings.model_copy(update={"balance": True, "phases": [Phase(epochs=2), Phase(epochs=1)]})
-    curve = tmp_path / "curve.csv"
-    loop.train(model(), chosen, given, seed=0, compute=compute, checkpoints=tmp_path / "checkpoints", curve=curve)
-    table = np.genfromtxt(curve, delimiter=",", names=True)
-    factors = table["weighted_kl"] / table["kl"] / settings.alpha
-    for step in range(6):
-        past = slice(0 if step < 4 else 4, step)
-        expected = table["cross_entropy"][past].sum() / table["kl"][past].sum() if step not in (0, 4) else 1.0
-        assert factors[step] == pytest.approx(expected, rel=1e-4), step
-    np.testing.assert_allclose(
-        table["weighted_cross_entropy"], (1 - settings.alpha) * table["cross_entropy"], rtol=1e-4
-    )
-    np.testing.assert_allclose(table["loss"], table["weighted_cross_entropy"] + table["weighted_kl"], rtol=1e-4)
 
 
 def test_tied_embeddings_stay_tied(model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path) -> None:

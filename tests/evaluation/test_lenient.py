@@ -3,6 +3,7 @@
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
@@ -349,6 +350,21 @@ def test_the_examples_are_earlier_turns_and_the_question_comes_last(runtime):
     assert places == sorted(places)
     assert prompt.count("</answer>") == lenient.SHOTS
     assert prompt.endswith(runtime.prompt(asked.question))
+
+
+@pytest.mark.parametrize(("width", "shares"), [(1, True), (10**6, False)])
+def test_turns_are_shared_only_where_a_token_ends_with_them(width, shares):
+    class Tokenizer:
+        """Tokens of so many characters, and turns that nothing keeps apart."""
+
+        def apply_chat_template(self, turns, **_):
+            return "".join(turn["content"] for turn in turns)
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[text[i : i + width] for i in range(0, len(text), width)])
+
+    (request,) = lenient.requests(Tokenizer(), lessons("gain", 1), lessons("gain"))
+    assert request.prompt.startswith(request.shared) and bool(request.shared) == shares
 
 
 def test_the_harness_judges_a_model_leniently(runtime, monkeypatch):

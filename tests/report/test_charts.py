@@ -64,7 +64,7 @@ def test_curve_leaves_out_what_says_nothing(tmp_path: Path) -> None:
     path.write_text("step,loss,cross_entropy,kl\n1,2.5,2.5,\n2,nan,nan,\n3,1.5,1.5,\n")
     assert charts.read_curve(path) == {"loss": [(1, 2.5), (3, 1.5)], "cross_entropy": [(1, 2.5), (3, 1.5)]}
     chart = charts.curve(path, "t")
-    assert chart is not None and chart.count("<polyline") == 1 and "KL" not in chart
+    assert chart is not None and chart.count("<polyline") == 1 and "distillation" not in chart
     path.write_text("step,loss,cross_entropy,kl\n")
     assert charts.curve(path, "t") is None
 
