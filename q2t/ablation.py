@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from q2t.lockfile import read_files, read_yaml
+from q2t.lockfile import LOCK, out_hashes, read_files, read_yaml
 from q2t.records import write_json
 from q2t.report import percent, span
 from q2t.report import summary as report_summary
@@ -34,6 +34,8 @@ class Experiment:
     name: str
     target: str
     """The stage that it is run up to: evaluate@MODEL."""
+    model: str
+    """The folder of the quickstart's model that it starts from."""
     changes: dict[str, Any]
     """Dotted parameters and their values; a leading "+" adds one that params.yaml does not have."""
 
@@ -56,7 +58,7 @@ class Experiment:
 def experiments(group: str | None = None) -> list[Experiment]:
     """All that ablations.yaml lists, or those of one group."""
     return [
-        Experiment(name, listed["target"], listed["everywhere"] | changes)
+        Experiment(name, listed["target"], listed["model"], listed["everywhere"] | changes)
         for key, listed in _groups().items()
         if group in (None, key)
         for name, changes in listed["experiments"].items()
@@ -94,20 +96,34 @@ def _succeeds(experiment: Experiment, root: Path) -> bool:
     _dvc(root, forget, quiet=True)  # what a kill left: DVC would keep it, and refuse the new one
     if _dvc(root, experiment.command):
         return False
-    write_json(root / RESULTS / f"{experiment.slug}.json", result(experiment, root))
-    _dvc(root, forget, quiet=True)
+    try:
+        write_json(root / RESULTS / f"{experiment.slug}.json", result(experiment, root))
+    except ValueError as error:
+        print(f"{experiment.name}: {error}", file=sys.stderr)
+        return False
+    finally:
+        _dvc(root, forget, quiet=True)
     return True
 
 
 def result(experiment: Experiment, root: Path) -> dict[str, Any]:
-    """What the model of this experiment knows, beside its teacher."""
+    """What the model of this experiment knows, beside its teacher, and the hash of the model that it started from.
+
+    Raises:
+        ValueError: it lacks a file, or its teacher solves nothing, so that there is nothing to retain.
+    """
     model = experiment.target.removeprefix("evaluate@")
     paths = {key: f"reports/metrics/{key}.json" for key in ("filter", f"evaluate_{model}", "evaluate_teacher")}
-    files = {key: json.loads(text) for key, text in read_files(root, experiment.reference, paths).items()}
+    texts = read_files(root, experiment.reference, paths | {LOCK: LOCK})
+    started = out_hashes(read_yaml(texts.pop(LOCK))["stages"])[experiment.model]
+    files = {key: json.loads(text) for key, text in texts.items()}
     evaluated, teacher = files[f"evaluate_{model}"], files["evaluate_teacher"]
+    if not teacher["accuracy"]:
+        raise ValueError("the teacher solves no problem: train it longer, or on easier ones")
     return {
         "name": experiment.name,
         "changes": experiment.changes,
+        "started_from": started,
         "rows": files["filter"]["kept"],
         "retention": evaluated["accuracy"] / teacher["accuracy"],
         "families": {family: counts["correct"] / counts["total"] for family, counts in evaluated["families"].items()},
@@ -115,7 +131,10 @@ def result(experiment: Experiment, root: Path) -> dict[str, Any]:
 
 
 def controls(root: Path = Path(".")) -> str:
-    """The table of what each part is worth, and a sentence on the spread; a sentence where nothing was run."""
+    """The table of what each part is worth, and a sentence on the spread; a sentence where nothing was run.
+
+    Here and in `sizes`, a result counts while dvc.lock still has the model that it started from.
+    """
     lines = ["| Experiment | Rows | Accuracy | Retention |", "|:--|--:|--:|--:|"]
     rows = _results("controls", root)
     if not rows:
@@ -137,7 +156,7 @@ def controls(root: Path = Path(".")) -> str:
 def sizes(root: Path = Path(".")) -> str:
     """The table of accuracy by size: models of reports/summary.json, and what was run of the group `sizes`."""
     models = json.loads((root / "reports/summary.json").read_text(encoding="utf-8"))
-    rows = {name: models[name] for name in SIZES} | _results("sizes", root)
+    rows = {name: models[name] for name in SIZES if name in models} | _results("sizes", root)
     figures = ("accuracy", "interval", "retention", "parameters", "bytes")
     return report_summary.markdown_table({name: {key: row[key] for key in figures} for name, row in rows.items()})
 
@@ -148,9 +167,15 @@ def _groups() -> dict[str, Any]:
 
 
 def _results(group: str, root: Path) -> dict[str, Any]:
-    """By name the results of those that were run, in the order of ablations.yaml."""
-    paths = {each.name: root / RESULTS / f"{each.slug}.json" for each in experiments(group)}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+    """By name the results of those that were run from the present models, in the order of ablations.yaml."""
+    present = out_hashes(read_yaml((root / LOCK).read_text(encoding="utf-8"))["stages"])
+    found = {}
+    for each in experiments(group):
+        path = root / RESULTS / f"{each.slug}.json"
+        row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if row and row["started_from"] == present.get(each.model):
+            found[each.name] = row
+    return found
 
 
 def _dvc(root: Path, words: list[str], quiet: bool = False) -> int:
@@ -164,4 +189,6 @@ def _hydra(value: Any) -> str:
     """A value as DVC's --set-param reads it (Hydra's override grammar): JSON, but for quotes around keys."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_hydra(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_hydra, value)) + "]"
     return json.dumps(value, separators=(",", ":"))

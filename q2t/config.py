@@ -15,7 +15,7 @@ PARAMS = Path("params.yaml")
 class Section(BaseModel):
     """A closed section: a key that is not declared here is an error, and "3" is no number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Source(Section):
@@ -283,7 +283,8 @@ def load(path: Path = PARAMS) -> Params:
 
 
 def _explain(error: Any) -> str:
-    *section, key = error["loc"] or ("params",)
+    # A map's key that is wrong has "[key]" behind it; what is wrong with a whole section isn't all that it holds.
+    *section, key = [part for part in error["loc"] if part != "[key]"] or ["params"]
     where = ".".join(map(str, section)) or "the top level"
     if error["type"] == "extra_forbidden":
         valid = _keys(section)
@@ -292,7 +293,8 @@ def _explain(error: Any) -> str:
         return f"unknown key {key!r} in {where}: {hint}"
     if error["type"] == "missing":
         return f"{key!r} is missing in {where}"
-    return f"{key!r} in {where}: {error['msg']}; got {error['input']!r}"
+    got = "" if isinstance(error["input"], dict) else f"; got {error['input']!r}"
+    return f"{key!r} in {where}: {error['msg']}{got}"
 
 
 def _keys(section: list[str]) -> list[str]:

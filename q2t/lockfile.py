@@ -100,6 +100,11 @@ def entry_before(stage: str, root: Path) -> Entry:
         return dict(to_single_stage_lockfile(loaded))
 
 
+def out_hashes(stages: dict[str, Entry]) -> dict[str, str]:
+    """MD5 of every out that dvc.lock's stages name, by path."""
+    return {out["path"]: out["md5"] for entry in stages.values() for out in entry.get("outs", [])}
+
+
 def inputs_key(stage: str, entry: Entry) -> str:
     """SHA-256 of all that is known of a stage before its outs are."""
     deps = sorted((dep["path"], dep.get("md5")) for dep in entry.get("deps", []))
@@ -111,7 +116,7 @@ def _files(root: Path, params: Any, lock: dict[str, Entry], read: Reader) -> dic
 
     Metrics are in git. Curves are in DVC's cache, and shown if the workspace has them.
     """
-    outs = {out["path"]: out["md5"] for entry in lock.values() for out in entry.get("outs", [])}
+    outs = out_hashes(lock)
     for stage, entry in lock.items():
         for key, value in entry.get("params", {}).get(PARAMS, {}).items():
             if _lookup(params, key) != value:

@@ -23,6 +23,7 @@ def apply(name: str, params: Path = Path("params.yaml"), profiles: Path = PROFIL
         ValueError: no such profile, an unknown key, or the result is not valid; `params` is left alone.
     """
     from ruamel.yaml import YAML
+    from ruamel.yaml.representer import RoundTripRepresenter
     from ruamel.yaml.util import load_yaml_guess_indent
 
     from q2t.config import load
@@ -32,10 +33,14 @@ def apply(name: str, params: Path = Path("params.yaml"), profiles: Path = PROFIL
         raise ValueError(f"no profile {name!r}: there are {', '.join(known) or 'none'}")
     if not params.is_file():
         raise ValueError(f"there is no {params} here: change to the repository's root")
+
+    class Representer(RoundTripRepresenter):
+        """By default it writes nothing for null, on lines that no profile touches."""
+
+    Representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     yaml = YAML()
+    yaml.Representer = Representer
     yaml.preserve_quotes, yaml.width = True, 1000
-    # By default it writes nothing for null, on lines that no profile touches.
-    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     tree, indent, offset = load_yaml_guess_indent(params.read_text(encoding="utf-8"), yaml=yaml)
     yaml.indent(sequence=indent, offset=offset)
     changed = merge(tree, yaml.load(profiles / f"{name}.yaml") or {}, profile=name)

@@ -69,14 +69,12 @@ def published(out: str) -> Path | None:
     """
     from dvc.repo import Repo
 
-    from q2t.lockfile import LOCK, read_yaml
+    from q2t.lockfile import LOCK, out_hashes, read_yaml
 
     lock = Path(LOCK)
     stages = read_yaml(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}
-    for entry in stages.values():
-        for written in entry.get("outs", []):
-            if written["path"] == out:
-                with Repo(".") as repo:
-                    cached = Path(repo.cache.local.oid_to_path(written["md5"]))
-                return cached if cached.is_file() else None
-    return None
+    if (md5 := out_hashes(stages).get(out)) is None:
+        return None
+    with Repo(".") as repo:
+        cached = Path(repo.cache.local.oid_to_path(md5))
+    return cached if cached.is_file() else None

@@ -38,20 +38,22 @@ def test_controls_learn_from_equally_many_rows_and_sizes_from_all():
 
 def test_names_stay_apart_as_references_and_files():
     references = [each.reference for each in ablation.experiments()]
-    assert len(set(references)) == len(references) == 10
+    assert len(set(references)) == len(references)
     assert all(reference.replace("-", "").isalnum() for reference in references)
 
 
 def test_the_command_is_one_that_dvc_reads():
     changes = {"distill.alpha": 0.0, "+teachers.x": {"model": "models/teacher", "samples": 1}, "filter.teachers": ["x"]}
-    words = ablation.Experiment("no labels", "evaluate@pruned", changes).command
+    changes |= {"distill.phases": [{"alpha": 1.0}, {"share": 0.1}]}
+    words = ablation.Experiment("no labels", "evaluate@pruned", "models/student", changes).command
     assert words[:6] == ["dvc", "exp", "run", "--temp", "--name", "ablation-no-labels"]
     assert words[-1] == "evaluate@pruned"
     from dvc.utils.hydra import to_hydra_overrides
 
     assert to_hydra_overrides(words[7:-1:2])
     assert words[7:-1:2] == [
-        "distill.alpha=0.0", '+teachers.x={model:"models/teacher",samples:1}', 'filter.teachers=["x"]'
+        "distill.alpha=0.0", '+teachers.x={model:"models/teacher",samples:1}', 'filter.teachers=["x"]',
+        "distill.phases=[{alpha:1.0},{share:0.1}]",
     ]  # fmt: skip
 
 
@@ -61,23 +63,35 @@ def test_an_unknown_name_is_refused_before_anything_runs():
 
 
 def write(root, group, **accuracies):
+    """Results from the present models, and the dvc.lock that names these."""
+    outs = [{"path": path, "md5": path} for path in ("models/teacher", "models/student")]
+    YAML().dump({"stages": {"all": {"outs": outs}}}, root / "dvc.lock")
     for each in ablation.experiments(group):
         if each.slug.replace("-", "_") in accuracies:
             accuracy = accuracies[each.slug.replace("-", "_")]
             row = {"rows": 7, "accuracy": accuracy, "interval": [0.2, 0.6], "retention": accuracy}
-            row |= {"parameters": 2_000_000, "bytes": 8_000_000}
+            row |= {"parameters": 2_000_000, "bytes": 8_000_000, "started_from": each.model}
             path = root / "reports/ablations" / f"{each.slug}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(row))
 
 
 def test_the_controls_that_were_run_in_the_order_of_the_list(tmp_path):
+    write(tmp_path, "controls")
     assert ablation.controls(tmp_path) == "None of them has been run yet."
     write(tmp_path, "controls", answers_unverified=0.25, default=0.5, seed_8=0.6)
     *_, first, second, third = ablation.controls(tmp_path).splitlines()
     assert first == "| default | 7 | 50.0% (20.0–60.0%) | 50.0% |"
     assert second.startswith("| seed 8 | 7 | 60.0%")
     assert third.startswith("| answers unverified | 7 | 25.0%")
+
+
+def test_a_result_of_another_teacher_is_not_shown(tmp_path):
+    write(tmp_path, "controls", default=0.5, seed_8=0.6)
+    path = tmp_path / "reports/ablations/default.json"
+    path.write_text(path.read_text().replace("models/teacher", "another"))
+    (row,) = ablation.controls(tmp_path).splitlines()[2:]
+    assert row.startswith("| seed 8 |")
 
 
 def test_the_spread_is_told_once_all_its_seeds_were_run(tmp_path):
@@ -110,6 +124,7 @@ stages:
     cmd: python train.py
     deps: [train.py]
     params: [width]
+    outs: [model]
     metrics: [reports/metrics: {cache: false}]
 """
 TRAIN = """
@@ -120,23 +135,26 @@ width = int(Path("params.yaml").read_text().split()[1])
 assert width != 13, "a width that breaks"
 with open(Path(__import__("os").environ["DVC_ROOT"]) / ".q2t/ran", "a") as ran:
     ran.write(f"{width} ")
+Path("model").write_text(f"{width}")
 Path("reports/metrics").mkdir(parents=True, exist_ok=True)
 known = {"accuracy": width / 100, "interval": [0, 1], "parameters": width, "bytes": width, "families": {}}
-for name, row in {"evaluate_train": known, "evaluate_teacher": {"accuracy": 0.8}, "filter": {"kept": 5}}.items():
+teacher = {"accuracy": 0.8 * (width != 14)}
+for name, row in {"evaluate_train": known, "evaluate_teacher": teacher, "filter": {"kept": 5}}.items():
     Path(f"reports/metrics/{name}.json").write_text(json.dumps(row))
 """
 LISTED = """
 sizes:
   target: train
+  model: model
   everywhere: {}
-  experiments: {a 13: {width: 13}, a 40: {width: 40}}
+  experiments: {a 13: {width: 13}, a 14: {width: 14}, a 40: {width: 40}}
 """
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A graph of one stage, committed, and a list of two experiments of which the first fails."""
-    files = {"dvc.yaml": GRAPH, "train.py": TRAIN, "params.yaml": "width: 1\n", ".gitignore": "/.q2t\n"}
+    """A graph of one stage, committed, and three experiments: one that fails, one whose teacher does, a good one."""
+    files = {"dvc.yaml": GRAPH, "train.py": TRAIN, "params.yaml": "width: 1\n", ".gitignore": "/.q2t\n/model\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     listed = tmp_path / ".git/listed.yaml"
@@ -157,9 +175,9 @@ def project(tmp_path, monkeypatch):
 
 def test_one_that_fails_stops_no_other_and_nothing_stays_but_results(project):
     for _ in range(2):
-        with pytest.raises(ValueError, match="run `q2t ablate 'a 13'` again"):
+        with pytest.raises(ValueError, match="run `q2t ablate 'a 13' 'a 14'` again"):
             ablation.run(root=project)
-    assert (project / ".q2t/ran").read_text() == "40 "  # the second time it came out of DVC's cache
+    assert (project / ".q2t/ran").read_text() == "14 40 "  # the second time it came out of DVC's cache
     row = json.loads((project / "reports/ablations/a-40.json").read_text())
     assert (row["accuracy"], row["retention"], row["rows"], row["bytes"]) == (0.4, 0.5, 5, 40)
     assert [path.name for path in (project / "reports/ablations").iterdir()] == ["a-40.json"]

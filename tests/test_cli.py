@@ -61,7 +61,7 @@ filter:
   weights: {domain: {target: 1.0, general: 1.0}, teacher: {}, difficulty: 0.0}
 initialize: {model: models/teacher, layers: 2, vocabulary: 400, calibration_rows: 4}
 label: {top_k: 5, batch_size: 2}
-distill:
+distill: &distill
   seed: 1
   epochs: 1
   learning_rate: 5e-4  # peak
@@ -81,24 +81,7 @@ distill:
   curriculum: 0.0
   phases: []
 prune:
-  seed: 1
-  epochs: 1
-  learning_rate: 5e-4  # peak
-  batch_size: 4
-  warmup: 0.1
-  weight_decay: 0.0
-  alpha: 0.5
-  temperature: 2.0
-  divergence: forward_kl
-  beta: 0.5
-  schedule: linear
-  spike_factor: null
-  domains: [target, general]
-  share: 1.0
-  teacher_only: []
-  balance: false
-  curriculum: 0.0
-  phases: []
+  <<: *distill
   intermediate: 16
   calibration_rows: 4
 export: {recovery: 0.9}

@@ -28,6 +28,9 @@ def changed(tmp_path, change):
         (lambda p: p["distill"].update(alpha=1.5), "'alpha' in distill: .*less than or equal to 1"),
         (lambda p: p["compute"].update(dtype="int3"), "'dtype' in compute"),
         (lambda p: p["compute"].update(threads=True), "'threads' in compute"),
+        (lambda p: p["distill"].update(curriculum=float("inf")), "'curriculum' in distill: .*finite number"),
+        (lambda p: p["filter"]["weights"]["teacher"].update(expret=2.0), r"\['expret'\].* teachers: expert, base$"),
+        (lambda p: p["filter"]["weights"]["domain"].update(genral=1.0), "'genral' in filter.weights.domain: "),
         (lambda p: p["evaluate"].update(lenient=["bsae"]), r"lenient names \['bsae'\].*among the models: base, "),
     ],
 )  # fmt: skip

@@ -57,12 +57,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def endpoint():
     """An S3 server that has the bucket `bucket` and one user, whose keys are in the environment and are checked."""
-    pytest.importorskip("dvc_s3", reason="dvc-s3 is not installed")
-    moto = pytest.importorskip("moto.server", reason="moto is not installed")
     import boto3
     import requests
+    from moto.server import ThreadedMotoServer
 
-    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     url = "http://{}:{}".format(*server.get_host_and_port())
     root = {"endpoint_url": url, "region_name": "us-east-1", "aws_access_key_id": "-", "aws_secret_access_key": "-"}
