@@ -26,6 +26,9 @@ RESULTS = Path("reports/ablations")
 SIZES = ("teacher", "student", "pruned")
 """The models of the quickstart itself in the table of sizes; its quantised ones have pruned's parameters."""
 
+BASIC = ("cross-entropy only", "default")
+"""Controls that the table of methods begins with."""
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -133,16 +136,11 @@ def result(experiment: Experiment, root: Path) -> dict[str, Any]:
 def controls(root: Path = Path(".")) -> str:
     """The table of what each part is worth, and a sentence on the spread; a sentence where nothing was run.
 
-    Here and in `sizes`, a result counts while dvc.lock still has the model that it started from.
+    Here and in the other tables, a result counts while dvc.lock still has the model that it started from.
     """
-    lines = ["| Experiment | Rows | Accuracy | Retention |", "|:--|--:|--:|--:|"]
     rows = _results("controls", root)
-    if not rows:
-        return "None of them has been run yet."
-    for name, row in rows.items():
-        accuracy = f"{percent(row['accuracy'])} ({span(row['interval'])})"
-        lines.append(f"| {name} | {row['rows']} | {accuracy} | {percent(row['retention'])} |")
     spread = _groups()["controls"]["spread"]
+    lines = [_accuracies(rows)]
     if set(spread) <= set(rows):
         found = [rows[name]["accuracy"] for name in spread]
         lines += [
@@ -150,6 +148,22 @@ def controls(root: Path = Path(".")) -> str:
             f"The order of the rows alone ({', '.join(spread)}) moves accuracy between {percent(min(found))} and "
             f"{percent(max(found))}, mean {percent(fmean(found))}.",
         ]
+    return "\n".join(lines)
+
+
+def methods(root: Path = Path(".")) -> str:
+    """The table of ways to distil, below the two that are controls as well."""
+    basic = _results("controls", root)
+    return _accuracies({name: basic[name] for name in BASIC if name in basic} | _results("methods", root))
+
+
+def _accuracies(rows: dict[str, Any]) -> str:
+    if not rows:
+        return "None of them has been run yet."
+    lines = ["| Experiment | Rows | Accuracy | Retention |", "|:--|--:|--:|--:|"]
+    for name, row in rows.items():
+        accuracy = f"{percent(row['accuracy'])} ({span(row['interval'])})"
+        lines.append(f"| {name} | {row['rows']} | {accuracy} | {percent(row['retention'])} |")
     return "\n".join(lines)
 
 

@@ -80,6 +80,9 @@ class Capability(Section):
     general: int = Field(gt=0)
     """Prompts in all, here and in the next."""
     general_test: int = Field(gt=0)
+    grid: Literal["coarse", "fine"]
+    """Of operand values: calculated families have 540 different inputs and more on the coarse one, and 2,500 and more
+    on the fine one, which has E24 in place of E6 and E12 and more of the values that are no resistor's."""
 
 
 class Optimizer(Section):
@@ -161,6 +164,65 @@ Domain = Literal["target", "general"]
 Schedule = Literal["linear", "cosine", "constant"]
 
 
+class Adapter(Section):
+    """Few trained weights beside frozen ones, merged into them at the end."""
+
+    kind: Literal["lora", "ia3"]
+    rank: int = Field(default=16, gt=0)
+    """Of LoRA."""
+    alpha: int = Field(default=32, gt=0)
+    """Of LoRA: what the adapter adds is scaled by alpha / rank."""
+    modules: list[str] = Field(min_length=1)
+    """Names of the linear modules that get one, such as q_proj."""
+
+
+LayerPair = Annotated[list[int], Field(min_length=2, max_length=2)]
+"""A student layer, and the teacher layer that it imitates."""
+
+
+class Online(Section):
+    """A teacher that is run beside the student, and what of it is learnt apart from stored labels."""
+
+    teacher: str
+    """A model folder."""
+    hidden: list[LayerPair] = []
+    """Pairs of layers whose hidden states are compared; layer 0 is the embeddings."""
+    distance: Literal["mse", "cosine"] = "cosine"
+    """Of hidden states."""
+    hidden_weight: float = Field(default=1.0, gt=0)
+    attention: list[LayerPair] = []
+    """Pairs of layers whose attention maps are compared."""
+    attention_weight: float = Field(default=1.0, gt=0)
+    spans: Literal["matched", "uld"] | None = None
+    """Loss over spans of equal text, for a teacher with another tokenizer; see `distillation.span_losses`."""
+    spans_weight: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> "Online":
+        if not (self.hidden or self.attention or self.spans):
+            raise ValueError("nothing is learnt from this teacher: give hidden, attention or spans, or leave it out")
+        if self.spans and (self.hidden or self.attention):
+            raise ValueError(
+                "spans is for a teacher of another tokenizer, whose hidden states and attention maps belong to other "
+                "tokens: leave out spans, or hidden and attention"
+            )
+        return self
+
+
+class OnPolicy(Section):
+    """The student answers the rows' questions itself, and learns what a teacher says of its answers (GKD, arXiv
+    2306.13649): sampled once, as the phase begins."""
+
+    teacher: str
+    """A model folder; the teacher has the student's tokens, or more."""
+    temperature: float = Field(default=1.0, gt=0)
+    max_new_tokens: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    """Of sampling."""
+    top_k: int = Field(gt=0)
+    """Tokens that a label keeps, as in `label`."""
+
+
 class Phase(Section):
     """What a part of a training run does otherwise than its section says; a key that is not given stays."""
 
@@ -177,6 +239,11 @@ class Phase(Section):
     teacher_only: list[Domain] | None = None
     balance: bool | None = None
     curriculum: float | None = None
+    reasoning: float | None = Field(default=None, gt=0)
+    sparsity: float | None = Field(default=None, ge=0)
+    online: Literal[False] | None = None
+    """False leaves the section's online teacher out."""
+    on_policy: OnPolicy | None = None
 
 
 class Distill(Optimizer):
@@ -203,12 +270,38 @@ class Distill(Optimizer):
     """Whether distillation is scaled to cross-entropy's size as training goes; see `distillation.weighting`."""
     curriculum: float
     """Above 0, rows count less the better they are learnt; below 0, the further off they are; 0 is off."""
+    reasoning: float = Field(gt=0)
+    """What a token of the reasoning counts against one of the answer (Distilling Step-by-Step, arXiv 2305.02301)."""
+    sparsity: float = Field(ge=0)
+    """Strength of an L1 penalty on feed-forward neurons, for a later cut; see `distillation.adapters.shrink`."""
+    adapter: Adapter | None
+    """null trains the weights themselves."""
+    freeze: list[str]
+    """Parameters that stay as they are: patterns of their names, such as "model.embed_tokens.*"."""
+    online: Online | None
+    """null learns from stored labels alone."""
+    on_policy: OnPolicy | None
+    """null learns from the rows' own answers."""
     phases: list[Phase]
     """One after the other, each with warm-up and optimiser state of its own; none is one phase of this section's."""
 
+    @model_validator(mode="after")
+    def _own_answers_have_labels_alone(self) -> "Distill":
+        for number, phase in enumerate(self.in_phases(), 1):
+            if phase.on_policy and phase.online:
+                raise ValueError(
+                    f"phase {number} is on_policy and has an online teacher, which knows the rows' own answers only: "
+                    "give it online: false"
+                )
+        return self
+
     def in_phases(self) -> "list[Distill]":
         """The settings of each phase."""
-        return [self.model_copy(update=phase.model_dump(exclude_none=True)) for phase in self.phases or [Phase()]]
+        settings = []
+        for phase in self.phases or [Phase()]:
+            given = {key: value for key, value in phase if value is not None}
+            settings.append(self.model_copy(update=given | ({"online": None} if "online" in given else {})))
+        return settings
 
 
 class Prune(Distill):
@@ -252,6 +345,8 @@ class Params(Section):
 
     seed: int
     compute: Compute
+    launch: str
+    """The command that runs the module of a stage which can have several processes."""
     sources: dict[str, Source]
     capability: Capability
     specialize: Specialize

@@ -1,4 +1,4 @@
-"""The README's tables, filled in from what git has under reports/. Run as: python -m q2t.readme."""
+"""The tables of README and docs, filled in from what git has under reports/. Run as: python -m q2t.readme."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ from q2t.report import publish
 from q2t.report.summary import markdown_table
 
 README = Path("README.md")
+METHODS = Path("docs/distillation.md")
 
 
 def fill(readme: Path, name: str, text: str) -> None:
@@ -38,6 +39,7 @@ def main(root: Path = Path(".")) -> None:
     fill(root / README, "results", results(root))
     fill(root / README, "ablations", ablation.controls(root))
     fill(root / README, "sizes", ablation.sizes(root))
+    fill(root / METHODS, "methods", ablation.methods(root))
 
 
 if __name__ == "__main__":

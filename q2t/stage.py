@@ -43,6 +43,11 @@ def root() -> Path:
     return Path(os.environ.get("DVC_ROOT", ".")).resolve()
 
 
+def is_main() -> bool:
+    """Whether this is the one process that publishes and tracks; `accelerate launch` numbers those that it starts."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def checkpoints(stage: str) -> Iterator[Path]:
     """The folder of this stage's checkpoints: outside its outs, which DVC deletes before every run.
@@ -56,6 +61,8 @@ def checkpoints(stage: str) -> Iterator[Path]:
     folder = root() / ".q2t" / stage / inputs_key(stage, entry_before(stage, Path(".")))[:16]
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
+    if not is_main():
+        return
     done = folder.with_suffix(".done")
     shutil.rmtree(done, ignore_errors=True)
     os.replace(folder, done)

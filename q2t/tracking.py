@@ -30,6 +30,7 @@ from filelock import FileLock
 
 from q2t.evaluation.cost import peak_memory_mb
 from q2t.lockfile import PARAMS, SUMMARY, Entry, digest, entry_before, inputs_key, read_result, read_yaml
+from q2t.stage import is_main
 
 logger = logging.getLogger(__name__)
 
@@ -133,10 +134,13 @@ def stage_run(stage: str, root: Path = Path(".")) -> Iterator[StageRun]:
     """A live run around the body of a stage, with the parameters and data that DVC hands it.
 
     At the end it says what the stage cost: the metrics `seconds`, of this process alone where a stage was interrupted
-    and went on, and `peak_memory_mb`.
+    and went on, and `peak_memory_mb`. Of several processes, the first one has a run.
     A failure of tracking is a warning and never costs a result; an exception of the body passes through.
     """
     run = StageRun()
+    if not is_main():
+        yield run
+        return
     with _spared(f"the start of {stage}"):
         run._start(os.environ.get("DVC_STAGE", stage), root)
     try:

@@ -1,6 +1,7 @@
 """Run as: python -m stages.label. The training rows and their writers -> data/soft_labels, in the student's ids."""
 
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from q2t import quality
 from q2t.config import load
 from q2t.determinism import seed_everything
+from q2t.distillation.alignment import same_vocabulary
 from q2t.distillation.labels import Row, encode, label, write
 from q2t.records import Example, read_jsonl, write_json
 from q2t.sources import fingerprint, load_model, load_tokenizer
@@ -17,6 +19,8 @@ from q2t.tracking import stage_run
 
 STUDENT = Path("models/untrained")
 
+logger = logging.getLogger(__name__)
+
 
 def main() -> None:
     params = load()
@@ -24,7 +28,7 @@ def main() -> None:
     seed_everything(params.seed, params.compute)
     with stage_run("label") as tracked:
         examples = read_jsonl(Path("data/filtered/examples.jsonl"), Example)
-        student = load_tokenizer(STUDENT)
+        student, whole = load_tokenizer(STUDENT), load_tokenizer(Path(params.initialize.model))
         to_student = torch.tensor(json.loads((STUDENT / "vocabulary_map.json").read_text()))
         labelled: dict[str, Row] = {}
         fingerprints = {}
@@ -34,10 +38,17 @@ def main() -> None:
             if (folder / POINTER).exists():
                 # An endpoint gives its words only: these rows are learnt by the task loss.
                 rows = encode(student, written)
+            elif not same_vocabulary(whole, tokenizer := load_tokenizer(folder)):
+                logger.warning(
+                    "%s has other tokens than the student: its rows are learnt from its words alone. "
+                    "distill.online with spans compares probabilities too",
+                    name,
+                )
+                rows = encode(student, written)
             else:
                 rows = label(
                     load_model(folder, params.compute.dtype).to(params.compute.device),
-                    load_tokenizer(folder),
+                    tokenizer,
                     written,
                     top_k=settings.top_k,
                     batch_size=settings.batch_size,

@@ -32,7 +32,8 @@ def test_an_experiment_changes_valid_parameters(experiment):
 
 
 def test_controls_learn_from_equally_many_rows_and_sizes_from_all():
-    assert len({each.changes["filter.max_rows"] for each in ablation.experiments("controls")}) == 1
+    alike = ablation.experiments("controls") + ablation.experiments("methods")
+    assert len({each.changes["filter.max_rows"] for each in alike}) == 1
     assert all(list(each.changes) == ["prune.intermediate"] for each in ablation.experiments("sizes"))
 
 
@@ -100,6 +101,16 @@ def test_the_spread_is_told_once_all_its_seeds_were_run(tmp_path):
         "",
         "The order of the rows alone (default, seed 8, seed 9) moves accuracy between 44.0% and 62.0%, mean 52.0%.",
     ]
+
+
+def test_methods_stand_below_the_two_that_are_controls(tmp_path):
+    write(tmp_path, "controls", default=0.5, seed_8=0.6, cross_entropy_only=0.45)
+    assert [line.split(" | ")[0] for line in ablation.methods(tmp_path).splitlines()[2:]] == [
+        "| cross-entropy only",
+        "| default",
+    ]
+    write(tmp_path, "methods", reverse_KL=0.55, LoRA=0.3)
+    assert [line.split(" | ")[0] for line in ablation.methods(tmp_path).splitlines()[4:]] == ["| reverse KL", "| LoRA"]
 
 
 def test_sizes_stand_below_the_quickstarts_own_models(tmp_path):

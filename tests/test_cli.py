@@ -16,6 +16,7 @@ PARAMS = """\
 seed: 1  # of everything
 
 compute: {threads: 2, dtype: float32, device: cpu}
+launch: python -m
 
 sources:
   large:
@@ -35,6 +36,7 @@ capability:
   test: 10
   general: 10
   general_test: 10
+  grid: coarse
 # How it is learnt.
 specialize:
   source: large
@@ -79,6 +81,12 @@ distill: &distill
   teacher_only: []
   balance: false
   curriculum: 0.0
+  reasoning: 1.0
+  sparsity: 0.0
+  adapter: null
+  freeze: []
+  online: null
+  on_policy: null
   phases: []
 prune:
   <<: *distill

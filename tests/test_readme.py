@@ -38,3 +38,5 @@ def test_the_readme_shows_the_committed_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for table in (markdown_table(summary), ablation.controls(ROOT), ablation.sizes(ROOT)):
         assert table.strip() in readme, "run `make readme`"
+    methods = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
+    assert ablation.methods(ROOT).strip() in methods, "run `make readme`"

@@ -1,9 +1,12 @@
 """What a problem family is: it poses problems, works them out and verifies answers."""
 
 import random
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from q2t.records import Json, Problem, Split, Verdict, content_id
+
+Grid = Literal["coarse", "fine"]
+"""How close together the values are that operands are drawn from; `capability.grid` in params.yaml."""
 
 
 class Family:
@@ -22,8 +25,8 @@ class Family:
         """The family as it may be asked in this split. Calculated families are told apart by their inputs alone."""
         return self
 
-    def draw(self, rng: random.Random) -> dict[str, Json]:
-        """The inputs of one problem, at random."""
+    def draw(self, rng: random.Random, grid: Grid) -> dict[str, Json]:
+        """The inputs of one problem, at random. Choices of parts and colour codes are the same on both grids."""
         raise NotImplementedError
 
     def show(self, inputs: dict[str, Json]) -> dict[str, str]:
@@ -43,9 +46,9 @@ class Family:
         """Decide whether `answer`, the text between the answer tags, solves the problem."""
         raise NotImplementedError
 
-    def pose(self, rng: random.Random, split: Split = "lessons") -> Problem:
+    def pose(self, rng: random.Random, split: Split = "lessons", grid: Grid = "coarse") -> Problem:
         """One problem at random, with its worked solution."""
-        inputs = self.draw(rng)
+        inputs = self.draw(rng, grid)
         phrasing = rng.choice(self.phrasings)
         question = phrasing.format(**self.show(inputs))
         reasoning, answer = self.solve(inputs)

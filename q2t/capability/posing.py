@@ -31,7 +31,7 @@ def pose(families: list[Family], settings: Capability, seed: int) -> dict[Split,
             for _ in range(ATTEMPTS * wanted):
                 if len(fresh) == wanted:
                     break
-                problem = asked.pose(rng, split)
+                problem = asked.pose(rng, split, settings.grid)
                 wants_held_out = split == "test" and len(fresh) < wanted // HELD_OUT
                 if family.held_out and is_held_out(problem, family) != wants_held_out:
                     continue
@@ -42,7 +42,8 @@ def pose(families: list[Family], settings: Capability, seed: int) -> dict[Split,
             if len(fresh) < wanted:
                 raise ValueError(
                     f"capability.{split}: {wanted} problems asked of family {family.name!r}, "
-                    f"which has only {len(fresh)} more with inputs of their own; ask for fewer"
+                    f"which has only {len(fresh)} more with inputs of their own on the {settings.grid} grid; "
+                    "ask for fewer, or set capability.grid to fine"
                 )
             posed[split].extend(fresh)
     for problems in posed.values():

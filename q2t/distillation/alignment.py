@@ -2,7 +2,7 @@
 
 What a token stands for is taken from the vocabulary and checked against the text, so that neither an added begin
 token nor a character cut in two can shift what follows, as with decoded strings (TRL #4392). What the losses over
-these spans are, `span_losses` says. For a training loop of your own: no stage uses it yet.
+these spans are, `span_losses` says; `online` brings both into a run.
 """
 
 import re
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from q2t.distillation.labels import Row
 
-INSTEAD = "train on the teacher's text instead (sequence-level)"
+INSTEAD = "leave online.spans out, and the teacher's words alone are learnt from (sequence-level)"
 
 
 class Vocabulary:
@@ -92,25 +92,32 @@ def same_vocabulary(student: Any, teacher: Any) -> bool:
     return student.get_vocab() == teacher.get_vocab() and student.eos_token_id == teacher.eos_token_id
 
 
-def check_same_vocabulary(student: Any, teacher: Any, loss: str) -> None:
-    """Refuse a loss that compares token by token.
+def check_map(student: Any, teacher: Any, to_student: Sequence[int], field: str) -> None:
+    """Refuse a teacher whose ids the map is not of; equal sizes don't show that.
 
     Args:
         student: its tokenizer, as the teacher's.
-        loss: its name, for the message.
+        to_student: [teacher vocabulary], student id or -1.
+        field: name of the setting that the teacher comes from.
 
     Raises:
-        ValueError: the vocabularies differ; names a token that does.
+        ValueError: the two belong to other vocabularies; names a token that differs.
     """
-    if same_vocabulary(student, teacher):
-        return
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if differ := sorted(ours.items() ^ theirs.items()):
-        token = differ[0][0]
-        what = f"token {token!r} has id {ours.get(token)} in the student's and {theirs.get(token)} in the teacher's"
-    else:
-        what = f"the student's texts end on {student.eos_token!r} and the teacher's on {teacher.eos_token!r}"
-    raise ValueError(f"{loss} needs one vocabulary, but {what} (of {len(ours)} and {len(theirs)} tokens): {INSTEAD}")
+    theirs = teacher.get_vocab()
+    for token, index in sorted(student.get_vocab().items()):
+        other = theirs.get(token, -1)
+        if not 0 <= other < len(to_student) or to_student[other] != index:
+            where = "lacks it" if other < 0 else f"has it as {other}, which is another token of the student's model"
+            raise ValueError(
+                f"{field}: the student's vocabulary was cut from another one than this teacher's: token {token!r} is "
+                f"{index} in the student's, and the teacher {where}. Take the model that it was cut from, or one "
+                "trained from that"
+            )
+    if student.eos_token != teacher.eos_token:
+        raise ValueError(
+            f"{field}: the student's texts end on {student.eos_token!r} and the teacher's on {teacher.eos_token!r}: "
+            "take a teacher with the same"
+        )
 
 
 def overlap(student: Vocabulary, teacher: Vocabulary) -> dict[str, float]:

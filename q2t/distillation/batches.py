@@ -31,6 +31,8 @@ class Batch:
     """[tokens], int64: the completion tokens."""
     weights: Tensor
     """[tokens], float32: the weight of the token's row."""
+    reasoning: Tensor
+    """[tokens], bool: the token stands before its row's answer."""
     top_ids: Tensor
     """[tokens, k], int64; -1 where the row has no labels, k = 0 where no row has."""
     top_logprobs: Tensor
@@ -54,18 +56,20 @@ def collate(rows: Sequence["Row"]) -> Batch:
     top_logprobs = np.zeros((tokens, k), np.float32)
     tail_logprob = np.zeros(tokens, np.float32)
     weights = np.empty(tokens, np.float32)
+    reasoning = np.zeros(tokens, bool)
     end = 0
     for i, row in enumerate(rows):
         input_ids[i, : lengths[i]] = row.input_ids
         predicts[i, row.prompt_length - 1 : lengths[i] - 1] = True
         start, end = end, end + row.completion_tokens
         weights[start:end] = row.weight
+        reasoning[start : start + row.answer_start] = True
         if len(row.top_ids):
             top_ids[start:end] = row.top_ids
             top_logprobs[start:end] = row.top_logprobs
             tail_logprob[start:end] = row.tail_logprob
     targets = np.concatenate([row.input_ids[row.prompt_length :] for row in rows]).astype(np.int64)
-    arrays = (input_ids, predicts, targets, weights, top_ids, top_logprobs, tail_logprob)
+    arrays = (input_ids, predicts, targets, weights, reasoning, top_ids, top_logprobs, tail_logprob)
     return Batch(*map(torch.from_numpy, arrays))
 
 

@@ -5,8 +5,7 @@ map, MiniLM (arXiv 2002.10957) for KL between attention distributions. Needs the
 that are the same for both: `in_teacher_ids` refuses others.
 
 Like `losses`, everything is one value per completion token, never a mean over tokens. Values count at the
-positions that predict completion tokens, and nowhere else: no prompt, no padding. For a training loop of your own: no
-stage uses it yet.
+positions that predict completion tokens, and nowhere else: no prompt, no padding.
 """
 
 import math
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from q2t.distillation.batches import Batch
 from q2t.distillation.labels import Row
 
-LayerMap = Sequence[tuple[int, int]]
+LayerMap = Sequence[Sequence[int]]
 """Pairs of a student layer and the teacher layer that it imitates. Layer n is the output of the n-th block, 0 the
 embeddings, and the last one comes after the final norm; layer n of attention maps is the n-th block's."""
 

@@ -1,34 +1,49 @@
-"""The training loop: exact resume, and a gradient that does not depend on how a step is cut into
-micro-batches."""
+"""The training loop: exact resume, and a gradient that depends neither on how a step is cut into micro-batches nor
+on how many processes share them."""
 
-import json
 import math
 import os
-import re
-import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_model, save_model
+from torch import Tensor
 from tqdm import tqdm
 
-from q2t.config import Compute, Distill
-from q2t.distillation import batches, phases, weighting
+from q2t.config import Compute, Distill, OnPolicy
+from q2t.distillation import adapters, batches, checkpoint, labels, phases, weighting
 from q2t.distillation.labels import Row
-from q2t.distillation.losses import Terms, completion_loss
+from q2t.distillation.losses import LOGITS, completion_loss
+from q2t.distillation.online import OnlineTeacher, modules
 
-LOGITS = 2**24
-"""Logits that exist at one time, 64 MB in float32."""
 CURVE = ("step", "loss", "cross_entropy", "kl", "learning_rate", "gradient_norm")
-MORE = ("weighted_cross_entropy", "weighted_kl", "phase", "skipped")
-"""Columns of the curve where the run is more than one of fixed weights; before MORE comes CURVE."""
+MOVING = ("weighted_cross_entropy", "weighted_kl", "phase", "skipped")
+ONLINE = ("hidden", "attention", "spans", "weighted_online")
+SPARSE = ("sparsity",)
+"""Columns of the curve: always CURVE, and the others where the run has what they show."""
 WINDOW = 50
 """Steps of a phase that the running median of the gradient's norm, and the running means of the terms, are of."""
 FEWEST = 10
 """Steps of a phase before any is skipped."""
+
+Sampler = Callable[[Any, list[Row], OnPolicy, int], list[Row]]
+"""The student's own answers to the questions of rows, with a teacher's labels; see `on_policy`."""
+
+
+class Losses(NamedTuple):
+    """Of a step, per completion token. Only what is weighted has the weights of rows and terms in it."""
+
+    total: float
+    cross_entropy: float
+    distillation: float
+    weighted_cross_entropy: float
+    weighted_distillation: float
+    hidden: float
+    attention: float
+    spans: float
+    weighted_online: float
 
 
 def train(
@@ -40,98 +55,112 @@ def train(
     compute: Compute,
     checkpoints: Path,
     curve: Path,
+    teacher: OnlineTeacher | None = None,
+    sampler: Sampler | None = None,
     save_every: int = 50,
 ) -> Any:
-    """Train all weights in place by AdamW, warm-up and decay, and gradient clipping at 1.0, phase after phase.
+    """Train in place by AdamW, warm-up and decay, and gradient clipping at 1.0, phase after phase.
 
     Killed and called again with the same arguments, it goes on from the last checkpoint and gives the bytes
     of an uninterrupted run. With `compute.dtype` bfloat16, matrix products run in it and the weights stay
-    float32.
+    float32. Started by `accelerate launch`, the processes deal a step's micro-batches out among them and add
+    their gradients up; the first one alone writes.
 
     Args:
-        model: a causal language model; comes back in float32, in evaluation mode.
+        model: a causal language model; comes back in float32, in evaluation mode, adapters merged.
         rows: labelled or not; without labels, a row is learnt by cross-entropy alone.
         checkpoints: a folder of this run alone, its name depending on all that shapes the result; safe to
             delete once the model is published.
         curve: the CSV, one line per step: `loss` is what is minimised, the other two are before weighting
             (`kl` is whichever divergence was chosen), all in nats per completion token of the step; the
-            gradient's norm is before clipping. Where settings change as the run goes (phases, balance,
-            curriculum, spike_factor), the columns MORE follow.
+            gradient's norm is before clipping. MOVING follows where settings change as the run goes (phases,
+            balance, curriculum, spike_factor), ONLINE where there is a teacher beside, SPARSE with a penalty.
+        teacher: of `settings.online`.
+        sampler: for phases with `on_policy`.
         save_every: steps between checkpoints.
 
     Raises:
         ValueError: the loss or the gradient is not finite; names the step and the rows. The weights are
             those before that step. Or a phase has no rows.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    # A process may train twice with other settings, and accelerate would keep the first ones.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    device = torch.device(compute.device)
-    precision = "bf16" if compute.dtype == "bfloat16" else "no"
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
-    assert accelerator.num_processes == 1, "steps are planned for one process"
-
+    accelerator = _accelerator(compute)
     attention = model.config._attn_implementation
-    if device.type == "cpu" and precision == "bf16":
-        # The fused kernel's bf16 backward is slow there: 41 ms a layer against 18, an eighth of a step.
+    device = torch.device(compute.device) if accelerator.num_processes == 1 else accelerator.device
+    if (device.type == "cpu" and compute.dtype == "bfloat16") or (settings.online and settings.online.attention):
+        # The fused kernel's bf16 backward is slow there: 41 ms a layer against 18, an eighth of a step. And fused
+        # attention has no maps.
         model.set_attn_implementation("eager")
     model.to(device, torch.float32).train()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    if settings.adapter:
+        adapters.adapt(model, settings.adapter, seed)
+    adapters.freeze(model, settings.freeze)
+    if any(phase.sparsity for phase in settings.in_phases()):
+        adapters.trained_gates(model)  # refused before a phase is paid for
+    projections = teacher.projections.to(device) if teacher else None
+    trained = [p for module in modules(model, teacher) for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.squeeze().ndim > 1]  # not IA3's vectors, which begin at 1
+    vectors = [p for p in trained if p.squeeze().ndim <= 1]
     optimizer = torch.optim.AdamW(
         [
-            {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ],
         lr=settings.learning_rate,
         fused=True,
     )
-    plan = phases.plan(rows, settings, seed=seed)
-    tokens = [sum(len(rows[i].input_ids) for micro in step.micro_batches for i in micro) for step in plan]
-    first, lines = _resume(checkpoints, model, optimizer)
-    bar = tqdm(total=sum(tokens), initial=sum(tokens[:first]), desc="train", unit="tok", unit_scale=True)
-    with bar:
-        for step in range(first, len(plan)):
+
+    def answers(phase: Distill, number: int, chosen: list[Row]) -> list[Row]:
+        # Kept, so that a resumed run learns from what an uninterrupted one would.
+        kept = checkpoints / f"answers-{number}.parquet"
+        if accelerator.is_main_process and not kept.exists():
+            assert phase.on_policy and sampler, "the stage gives a sampler where a phase is on policy"
+            labels.write(
+                kept, sampler(model, chosen, phase.on_policy, number), top_k=phase.on_policy.top_k, teachers={}
+            )
+        accelerator.wait_for_everyone()
+        return labels.read(kept)
+
+    plan = phases.plan(rows, settings, seed=seed, answers=answers)
+    first, lines = checkpoint.resume(checkpoints, model, projections, optimizer)
+    total = phases.tokens(rows, settings, seed=seed)
+    silent = not accelerator.is_main_process
+    with tqdm(total=total, desc="train", unit="tok", unit_scale=True, disable=silent) as bar:
+        for step, planned in enumerate(plan):
+            tokens = sum(len(row.input_ids) for micro in planned.micro_batches for row in micro)
+            if step < first:
+                bar.initial = bar.n = bar.n + tokens  # done before: no speed is read from it
+                continue
             # Per step, so that a resumed run draws what an uninterrupted one would (dropout).
             torch.manual_seed(seed * 1_000_003 + step)
-            planned = plan[step]
             if planned.place == 0:  # moments of another loss would steer this phase's first steps
                 optimizer.state.clear()
-            micro_batches = [[rows[i] for i in micro] for micro in planned.micro_batches]
-            past = [
-                dict(zip(CURVE, map(float, line), strict=False)) for line in lines[step - min(planned.place, WINDOW) :]
-            ]
-            scale = 1.0
-            if planned.settings.balance:
-                scale = weighting.balance([line["cross_entropy"] for line in past], [line["kl"] for line in past])
-            terms = accumulate(model, micro_batches, planned.settings, accelerator, scale, step)
-            norm = float(accelerator.clip_grad_norm_(model.parameters(), 1.0))
+            past = lines[step - min(planned.place, WINDOW) :]
+            scale = _balance(past) if planned.settings.balance else 1.0
+            beside = teacher if planned.settings.online else None
+            losses = accumulate(model, planned.micro_batches, planned.settings, accelerator, beside, scale, step)
+            sparsity = planned.settings.sparsity
+            penalty = adapters.shrink(model, sparsity) if sparsity else 0.0
+            norm = float(accelerator.clip_grad_norm_(trained, 1.0))
             if not math.isfinite(norm):
-                raise _not_finite("gradient", norm, step, [row for micro in micro_batches for row in micro])
-            skipped = is_spike(norm, [line["gradient_norm"] for line in past], settings.spike_factor)
+                raise _not_finite("gradient", norm, step, [row for micro in planned.micro_batches for row in micro])
+            skipped = is_spike(norm, [float(line["gradient_norm"]) for line in past], settings.spike_factor)
             for group in optimizer.param_groups:
                 group["lr"] = planned.learning_rate
             if not skipped:
                 optimizer.step()
             optimizer.zero_grad()
-            values = (terms.total, terms.cross_entropy, terms.distillation, planned.learning_rate, norm)
-            weighted = (terms.weighted_cross_entropy, terms.weighted_distillation)
-            numbers = [f"{value:.9g}" for value in (*values, *weighted)]
-            lines.append([str(step + 1), *numbers, str(planned.phase), str(int(skipped))])
-            bar.update(tokens[step])
-            bar.set_postfix(step=f"{step + 1}/{len(plan)}", loss=f"{terms.total:.4f}", refresh=False)
-            if (step + 1) % save_every == 0:
-                _save(checkpoints, step + 1, model, optimizer, lines)
+            lines.append(_line(step + 1, losses, penalty, planned.learning_rate, norm, planned.phase, skipped))
+            bar.update(tokens)
+            bar.set_postfix(step=f"{step + 1}", loss=f"{losses.total:.4f}", refresh=False)
+            if (step + 1) % save_every == 0 and accelerator.is_main_process:
+                checkpoint.save(checkpoints, step + 1, model, projections, optimizer, lines)
+    if settings.adapter:
+        adapters.merge(model)
+    model.requires_grad_(True)
     model.set_attn_implementation(attention)
-    curve.parent.mkdir(parents=True, exist_ok=True)
-    partial = curve.with_name(curve.name + ".partial")
-    moving = settings.phases or settings.spike_factor or settings.balance or settings.curriculum
-    columns = CURVE + MORE if moving else CURVE
-    text = "".join(",".join(line[: len(columns)]) + "\n" for line in [columns, *lines])
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, curve)
+    if accelerator.is_main_process:
+        _write_curve(curve, settings, lines)
+    accelerator.wait_for_everyone()
     return model.eval()
 
 
@@ -140,12 +169,14 @@ def accumulate(
     micro_batches: Sequence[Sequence[Row]],
     settings: Distill,
     accelerator: Any,
+    teacher: OnlineTeacher | None = None,
     scale: float = 1.0,
     step: int = 0,
-) -> Terms[float]:
-    """Add a step's gradient to the parameters; the terms of the loss, as floats per completion token of the step.
+) -> Losses:
+    """Add a step's gradient, of all processes, to the parameters.
 
     Args:
+        micro_batches: of the step; every process takes its share of them.
         scale: factor on distillation, beside alpha.
 
     Raises:
@@ -154,11 +185,16 @@ def accumulate(
     tokens = sum(row.completion_tokens for micro in micro_batches for row in micro)
     head = model.get_output_embeddings().weight
     chunk = max(32, LOGITS // head.shape[0] // 32 * 32)
-    sums = [0.0] * len(Terms._fields)
-    for micro in micro_batches:
+    sums = [0.0] * len(Losses._fields)
+    wrong: Sequence[Row] = ()
+    for micro in micro_batches[accelerator.process_index :: accelerator.num_processes]:
         batch = batches.collate(micro).to(head.device)
         with accelerator.autocast():
-            hidden = batches.predicting_states(model, batch)
+            if teacher:
+                states = teacher.states(model, batch)
+                hidden = states.last
+            else:
+                hidden = batches.predicting_states(model, batch)
             exact = torch.promote_types(hidden.dtype, torch.float32)
             weights = weighting.token_weights(batch, micro, settings, scale, exact)
             if settings.curriculum:
@@ -177,12 +213,23 @@ def accumulate(
                 settings.divergence,
                 settings.beta,
             )
-        values = [term.item() for term in terms]
+            total, values = terms.total, [term.item() for term in terms]
+            if teacher:
+                beside = teacher.loss(model, states, micro, batch)
+                total = total + beside.total
+                values += [beside.hidden.item(), beside.attention.item(), beside.spans.item(), beside.total.item()]
+                values[0] = total.item()
+            else:
+                values += [0.0] * (len(sums) - len(values))
         if not all(map(math.isfinite, values)):
-            raise _not_finite("loss", values[0], step, micro)
-        accelerator.backward(terms.total / tokens)
+            wrong = wrong or micro
+        accelerator.backward(total / tokens)
         sums = [a + b for a, b in zip(sums, values, strict=True)]
-    return Terms(*(value / tokens for value in sums))
+    if accelerator.num_processes > 1:
+        sums = _add_up(model, teacher, sums, accelerator)
+    if not all(map(math.isfinite, sums)):
+        raise _not_finite("loss", sums[0], step, wrong or [row for micro in micro_batches for row in micro])
+    return Losses(*(value / tokens for value in sums))
 
 
 def is_spike(norm: float, earlier: Sequence[float], factor: float | None) -> bool:
@@ -195,39 +242,63 @@ def is_spike(norm: float, earlier: Sequence[float], factor: float | None) -> boo
     return factor is not None and len(earlier) >= FEWEST and norm > factor * statistics.median(earlier)
 
 
+def _accelerator(compute: Compute) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # A process may train twice with other settings, and accelerate would keep the first ones.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    precision = "bf16" if compute.dtype == "bfloat16" else "no"
+    return Accelerator(cpu=torch.device(compute.device).type == "cpu", mixed_precision=precision)
+
+
+def _add_up(model: Any, teacher: OnlineTeacher | None, sums: list[float], accelerator: Any) -> list[float]:
+    """Sum of the losses of all processes, and of their gradients, which every process then has."""
+    for module in modules(model, teacher):
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = accelerator.reduce(own, "sum")
+    total: Tensor = accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=accelerator.device), "sum")
+    return total.tolist()
+
+
+def _balance(past: Sequence[checkpoint.Line]) -> float:
+    return weighting.balance([float(line["cross_entropy"]) for line in past], [float(line["kl"]) for line in past])
+
+
+def _line(
+    step: int, losses: Losses, penalty: float, learning_rate: float, norm: float, phase: int, skipped: bool
+) -> checkpoint.Line:
+    numbers = {
+        "loss": losses.total + penalty,
+        "cross_entropy": losses.cross_entropy,
+        "kl": losses.distillation,
+        "learning_rate": learning_rate,
+        "gradient_norm": norm,
+        "weighted_cross_entropy": losses.weighted_cross_entropy,
+        "weighted_kl": losses.weighted_distillation,
+        "hidden": losses.hidden,
+        "attention": losses.attention,
+        "spans": losses.spans,
+        "weighted_online": losses.weighted_online,
+        "sparsity": penalty,
+    }
+    counts = {"step": step, "phase": phase, "skipped": int(skipped)}
+    return {key: f"{value:.9g}" for key, value in numbers.items()} | {key: str(n) for key, n in counts.items()}
+
+
+def _write_curve(curve: Path, settings: Distill, lines: Sequence[checkpoint.Line]) -> None:
+    moving = settings.phases or settings.spike_factor or settings.balance or settings.curriculum
+    sparse = any(phase.sparsity for phase in settings.in_phases())
+    columns = [*CURVE, *(MOVING if moving else ()), *(ONLINE if settings.online else ()), *(SPARSE if sparse else ())]
+    table = [columns, *([line[column] for column in columns] for line in lines)]
+    curve.parent.mkdir(parents=True, exist_ok=True)
+    partial = curve.with_name(curve.name + ".partial")
+    partial.write_text("".join(",".join(line) + "\n" for line in table), encoding="utf-8")
+    os.replace(partial, curve)
+
+
 def _not_finite(what: str, value: float, step: int, rows: Sequence[Row]) -> ValueError:
     ids = ", ".join(row.id for row in rows)
     return ValueError(f"{what} is {value} at step {step + 1}, rows {ids}: lower learning_rate, or correct these rows")
-
-
-def _save(checkpoints: Path, step: int, model: Any, optimizer: Any, lines: list[list[str]]) -> None:
-    """A checkpoint folder appears complete or not at all; older ones go."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    for stale in checkpoints.glob("*.partial"):
-        shutil.rmtree(stale)
-    older = _complete(checkpoints)
-    partial = checkpoints / f"step-{step}.partial"
-    partial.mkdir()
-    save_model(model, str(partial / "model.safetensors"))
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    (partial / "curve.json").write_text(json.dumps(lines), encoding="utf-8")
-    os.replace(partial, checkpoints / f"step-{step}")
-    for path in older.values():
-        shutil.rmtree(path)
-
-
-def _resume(checkpoints: Path, model: Any, optimizer: Any) -> tuple[int, list[list[str]]]:
-    """Steps done and their lines of the curve; weights and optimiser as they were."""
-    saved = _complete(checkpoints)
-    if not saved:
-        return 0, []
-    step = max(saved)
-    load_model(model, str(saved[step] / "model.safetensors"), device=str(model.device))
-    state = torch.load(saved[step] / "optimizer.pt", weights_only=True, map_location=model.device)
-    optimizer.load_state_dict(state)
-    return step, json.loads((saved[step] / "curve.json").read_text(encoding="utf-8"))
-
-
-def _complete(checkpoints: Path) -> dict[int, Path]:
-    found = {path: re.fullmatch(r"step-(\d+)", path.name) for path in checkpoints.glob("step-*")}
-    return {int(match[1]): path for path, match in found.items() if match}

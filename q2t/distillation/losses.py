@@ -15,6 +15,8 @@ from torch import Tensor
 
 from q2t.config import Divergence
 
+LOGITS = 2**24
+"""Logits that exist at one time, 64 MB in float32."""
 FLOOR = -1e4
 """Log-probability of an empty bucket: its exponential is 0, and so is 0 * FLOOR, where 0 * -inf is nan."""
 
@@ -146,7 +148,7 @@ class _CompletionLoss(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         top_ids, top_logprobs, tail_logprob = labels
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head_weight)
+        grad_head = torch.zeros_like(head_weight) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(4, dtype=exact, device=hidden.device)
         labelled = (top_ids >= 0).any(1)
         with torch.autocast(device, enabled=False):
@@ -170,7 +172,8 @@ class _CompletionLoss(torch.autograd.Function):
                 sums += torch.stack([ce.sum(), kd.sum(), ce @ task_weight, kd @ distillation_weight])
                 gradient = logits.to(dtype)
                 grad_hidden[index] = (gradient @ head)[: len(index)].to(hidden.dtype)
-                grad_head += gradient.T @ inputs
+                if grad_head is not None:
+                    grad_head += gradient.T @ inputs
         ctx.save_for_backward(grad_hidden, grad_head)
         terms = sums.unbind()
         ctx.mark_non_differentiable(*terms)
@@ -181,7 +184,7 @@ class _CompletionLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         scale = grad_total.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_head * scale, None, None, None, None, None
+        return grad_hidden * scale, None if grad_head is None else grad_head * scale, *[None] * 5
 
 
 def _to_gradient(

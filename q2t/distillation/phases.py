@@ -1,7 +1,7 @@
 """The plan of a run: its phases, each with rows, losses and learning rate of its own, and their steps in one line."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,33 +26,56 @@ class Step:
     settings: Distill
     """The phase's."""
     learning_rate: float
-    micro_batches: list[list[int]]
-    """Indices of rows."""
+    micro_batches: list[list[Row]]
 
 
-def plan(rows: Sequence[Row], settings: Distill, *, seed: int) -> list[Step]:
+Answers = Callable[[Distill, int, list[Row]], list[Row]]
+"""Rows that the student answered itself, for a phase, its number and the rows whose questions it asks."""
+
+
+def plan(rows: Sequence[Row], settings: Distill, *, seed: int, answers: Answers | None = None) -> Iterator[Step]:
     """All steps of all phases. Epochs are counted through, so that no two have the same order.
+
+    What can be wrong is found at once; the rows of a phase that is on policy are asked for as it begins.
 
     Raises:
         ValueError: a phase has no rows, or one that it would learn nothing from.
     """
-    found: list[Step] = []
+    in_phases = settings.in_phases()
+    chosen = [[rows[i] for i in select(rows, phase, seed)] for phase in in_phases]
+    for phase, of_phase in zip(in_phases, chosen, strict=True):
+        if not phase.on_policy:
+            _check_labels(of_phase, phase.teacher_only)
+    return _steps(list(zip(in_phases, chosen, strict=True)), seed, answers)
+
+
+def _steps(in_phases: list[tuple[Distill, list[Row]]], seed: int, answers: Answers | None) -> Iterator[Step]:
     epoch = 0
-    for number, phase in enumerate(settings.in_phases(), 1):
-        chosen = select(rows, phase, seed)
-        _check_labels([rows[i] for i in chosen], phase.teacher_only)
-        lengths = [len(rows[i].input_ids) for i in chosen]
+    for number, (phase, rows) in enumerate(in_phases, 1):
+        if phase.on_policy:
+            assert answers
+            rows = answers(phase, number, rows)
+            # Nobody says that its own words are right: they are learnt from by the teacher's labels alone.
+            phase = phase.model_copy(update={"teacher_only": phase.domains})
+        lengths = [len(row.input_ids) for row in rows]
         micro_batch = max(n for n in range(1, MICRO_BATCH + 1) if phase.batch_size % n == 0)
         steps = [
-            [[chosen[i] for i in micro] for micro in step]
+            [[rows[i] for i in micro] for micro in step]
             for e in range(epoch, epoch + phase.epochs)
             for step in batches.plan(lengths, phase.batch_size, micro_batch, seed=seed, epoch=e)
         ]
         epoch += phase.epochs
         for place, micro_batches in enumerate(steps):
             rate = phase.learning_rate * schedule(place, len(steps), phase.warmup, phase.schedule)
-            found.append(Step(number, place, phase, rate, micro_batches))
-    return found
+            yield Step(number, place, phase, rate, micro_batches)
+
+
+def tokens(rows: Sequence[Row], settings: Distill, *, seed: int) -> int:
+    """Tokens of all steps, prompts included; those of the student's own answers are taken to be as many as the
+    rows' answers."""
+    return sum(
+        phase.epochs * sum(len(rows[i].input_ids) for i in select(rows, phase, seed)) for phase in settings.in_phases()
+    )
 
 
 def select(rows: Sequence[Row], settings: Distill, seed: int) -> list[int]:

@@ -13,8 +13,7 @@ both vocabularies have one by one. Unlike in TRL 1.16,
 
 The default across tokenizers remains sequence-level, since these losses are weak where tokenizations differ, as on
 numbers (arXiv 2605.21699): a token also has the probability of all longer ones that begin with it and that its
-vocabulary lacks. `Spans.numeral` and `Spans.counts` tell numbers apart. For a training loop of your own: no stage uses
-it yet.
+vocabulary lacks. `Spans.numeral` and `Spans.counts` tell numbers apart.
 """
 
 from collections.abc import Callable

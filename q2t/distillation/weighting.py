@@ -25,6 +25,7 @@ def token_weights(
     distillation alone, in full weight. `scale` is the factor on distillation that `balance` gives.
     """
     weights = batch.weights.to(dtype)
+    weights = torch.where(batch.reasoning, settings.reasoning * weights, weights)
     labelled = (batch.top_ids >= 0).any(1)
     task = torch.where(labelled, (1 - settings.alpha) * weights, weights)
     distillation = settings.alpha * scale * weights

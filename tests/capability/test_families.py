@@ -19,27 +19,33 @@ from q2t.records import operands
 PARTS = catalog.read(Path("data/catalog"))
 MADE = make_families(sorted(FAMILIES), PARTS)
 EACH = pytest.mark.parametrize("family", MADE, ids=lambda family: family.name)
-SETTINGS = Capability(families=sorted(FAMILIES), lessons=30, questions=20, dev=4, test=12, general=1, general_test=1)
+GRIDS = pytest.mark.parametrize("grid", ["coarse", "fine"])
+SETTINGS = Capability(
+    families=sorted(FAMILIES), lessons=30, questions=20, dev=4, test=12, general=1, general_test=1, grid="coarse"
+)
 
 
-def problems(family, count=200, split="lessons"):
+def problems(family, count=200, split="lessons", grid="coarse"):
     rng = random.Random(family.name)
-    return [family.for_split(split).pose(rng, split) for _ in range(count)]
+    return [family.for_split(split).pose(rng, split, grid) for _ in range(count)]
 
 
 @EACH
-def test_the_worked_solution_is_right(family):
-    for problem in problems(family):
+@GRIDS
+def test_the_worked_solution_is_right(family, grid):
+    for problem in problems(family, 400, grid=grid):
         verdict = verify(problem, parse(problem.solution).answer)
         assert verdict.correct, (problem.question, problem.solution, verdict)
 
 
 @EACH
-def test_every_step_is_true_as_it_stands(family):
+@GRIDS
+def test_every_step_is_true_as_it_stands(family, grid):
     number = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
     operators = {"+": float.__add__, "-": float.__sub__, "*": float.__mul__, "/": float.__truediv__}
     checked = 0
-    for problem in problems(family):
+    posed = problems(family, 400, grid=grid)
+    for problem in posed:
         for step in problem.solution.removeprefix("<think>").partition("</think>")[0].split("; "):
             if match := re.fullmatch(rf"({number})(?:([-+*/])({number}))?=({number})", step):
                 one, operator, other, claimed = match.groups()
@@ -48,7 +54,7 @@ def test_every_step_is_true_as_it_stands(family):
                 shown = float(f"{value:.3g}"), float(f"{value:.4g}")
                 assert float(claimed) == pytest.approx(value) or float(claimed) in shown, (step, problem.question)
                 checked += 1
-    assert checked >= len(problems(family)) or family.name == "bands"
+    assert checked >= len(posed) or family.name == "bands"
 
 
 @EACH
@@ -122,10 +128,11 @@ def test_known_answers(name, inputs, expected):
     assert family.expected(inputs) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_held_out_operand_is_asked_in_test_alone():
+@GRIDS
+def test_a_held_out_operand_is_asked_in_test_alone(grid):
     calculated = [family for family in MADE if family.held_out]
     assert len(calculated) == 8
-    for split, rows in pose(calculated, SETTINGS, seed=3).items():
+    for split, rows in pose(calculated, SETTINGS.model_copy(update={"grid": grid}), seed=3).items():
         for family in calculated:
             operand, value = family.held_out
             asked = sum(p.family == family.name and p.inputs[operand] == value for p in rows)
@@ -152,7 +159,9 @@ def test_posing_is_a_function_of_the_seed():
 
 
 def test_too_many_problems_and_unknown_families_are_named():
-    with pytest.raises(ValueError, match=r"capability\.lessons: 5000 problems asked of family 'gain'"):
-        pose(make_families(["gain"], PARTS), SETTINGS.model_copy(update={"lessons": 5000}), seed=1)
+    with pytest.raises(
+        ValueError, match=r"capability\.lessons: 600 problems asked of family 'gain'.* on the coarse grid"
+    ):
+        pose(make_families(["gain"], PARTS), SETTINGS.model_copy(update={"lessons": 600}), seed=1)
     with pytest.raises(ValueError, match=r"unknown \['buck'\]"):
         make_families(["buck"], PARTS)

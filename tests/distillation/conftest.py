@@ -111,6 +111,12 @@ SETTINGS = Distill(
     teacher_only=[],
     balance=False,
     curriculum=0.0,
+    reasoning=1.0,
+    sparsity=0.0,
+    adapter=None,
+    freeze=[],
+    online=None,
+    on_policy=None,
     phases=[],
 )
 

@@ -35,7 +35,7 @@ def test_a_run_killed_inside_any_phase_goes_on_to_the_same_bytes(
     monkeypatch.setattr(loop, "accumulate", accumulate)
     assert run(model, rows, settings, compute, tmp_path / "killed", save_every=2) == whole
     lines = [line.split(",") for line in whole[1].decode().splitlines()]
-    assert lines[0] == [*loop.CURVE, *loop.MORE]
+    assert lines[0] == [*loop.CURVE, *loop.MOVING]
     assert [(line[0], line[-2]) for line in lines[1:]] == [(str(i + 1), "1" if i < 6 else "2") for i in range(9)]
 
 

@@ -1,12 +1,16 @@
 """Labels belong to the tokens beside them, in the student's ids."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 
 from q2t.distillation import labels
 from q2t.distillation.batches import collate
@@ -170,16 +174,61 @@ def test_parquet_keeps_everything_in_equal_bytes(rows: Any, tmp_path: Path) -> N
     metadata = pq.read_schema(tmp_path / "a").metadata
     assert metadata[b"top_k"] == b"4" and metadata[b"teacher.a"] == b"1" and metadata[b"teacher.z"] == b"2"
     for row, copy in zip(written, labels.read(tmp_path / "a"), strict=True):
-        assert (row.id, row.domain, row.family, row.weight, row.prompt_length) == (
-            copy.id,
-            copy.domain,
-            copy.family,
-            copy.weight,
-            copy.prompt_length,
-        )
+        for name in ("id", "domain", "family", "weight", "prompt_length", "answer_start"):
+            assert getattr(row, name) == getattr(copy, name)
         for name in ("input_ids", "top_ids", "top_logprobs", "tail_logprob"):
             a, b = getattr(row, name), getattr(copy, name)
             assert len(a) == len(b) and (len(a) == 0 or (a.dtype == b.dtype and (a == b).all()))
+
+
+@given(arrays(np.uint16, array_shapes(min_dims=2, max_dims=2)), st.integers(0, 2**31 - 1))
+def test_parquet_keeps_every_bit_of_any_logprobs(patterns: np.ndarray, answer_start: int) -> None:
+    """In any order, infinities among them."""
+    tokens, k = patterns.shape
+    row = labels.Row(
+        "r",
+        "target",
+        "divider",
+        1.0,
+        np.arange(tokens + 1, dtype=np.int32),
+        1,
+        answer_start,
+        np.full((tokens, k), 70_000, np.int32),
+        patterns.view(np.float16),
+        np.full(tokens, -np.inf, np.float32),
+    )
+    with TemporaryDirectory() as folder:
+        labels.write(Path(folder) / "a", [row], top_k=k, teachers={})
+        (copy,) = labels.read(Path(folder) / "a")
+    assert copy.answer_start == answer_start and copy.top_logprobs.dtype == np.float16
+    assert np.array_equal(copy.top_logprobs.view(np.uint16), patterns)
+    assert np.array_equal(copy.top_ids, row.top_ids) and np.array_equal(copy.tail_logprob, row.tail_logprob)
+
+
+def test_sorted_logprobs_take_less_than_their_own_size(rows: Any, tmp_path: Path) -> None:
+    """As they come from `label`: ids of two bytes and log-probabilities of two, and the latter in less than one."""
+    sizes = []
+    for ordered in (True, False):
+        chosen = rows(300, k=16)
+        if ordered:
+            for row in chosen:
+                row.top_logprobs[:] = -np.sort(-row.top_logprobs, axis=1)
+        labels.write(tmp_path / "a", chosen, top_k=16, teachers={})
+        column = pq.ParquetFile(tmp_path / "a").metadata.row_group(0).column(8)
+        assert column.path_in_schema.startswith(labels.STEPS)
+        sizes.append(column.total_compressed_size / sum(row.top_logprobs.nbytes for row in chosen))
+    assert sizes[0] < 0.7 < sizes[1]
+
+
+def test_the_answer_begins_where_the_reasoning_ends(tokenizer: Any, examples: Any) -> None:
+    """In rows of the template; in others nothing is reasoned."""
+    text, chosen = tokenizer(), examples(5)
+    chosen[1] = chosen[1].model_copy(update={"text": "no template"})
+    for example, row in zip(chosen, labels.encode(text, chosen), strict=True):
+        before = text.decode(row.input_ids[row.prompt_length :][: row.answer_start])
+        follows = "<think>" in example.text and example.domain == "target"
+        assert before == (example.text[: example.text.index("<answer>")] if follows else "")
+    assert chosen[4].domain == "general"
 
 
 def test_parquet_without_any_labels(rows: Any, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_two_runs_give_equal_bytes_and_learn(
     first = run(model, rows, settings, compute, tmp_path / "a", every)
     assert first == run(model, rows, settings, compute, tmp_path / "b", every, save_every=1000)
     lines = [line.split(",") for line in first[1].decode().splitlines()]
-    assert lines[0] == [*loop.CURVE, *(loop.MORE if {"spike_factor", "balance", "curriculum"} & {*changes} else ())]
+    assert lines[0] == [*loop.CURVE, *(loop.MOVING if {"spike_factor", "balance", "curriculum"} & {*changes} else ())]
     assert [line[0] for line in lines[1:]] == [str(i + 1) for i in range(12)]
     # Easy rows weigh more the better they are learnt, so only the terms before weighting tell.
     columns = (1,) if settings.curriculum >= 0 else (2, 3)
@@ -160,9 +160,9 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from conftest import SETTINGS, make_rows, tiny_model
 from q2t.config import Compute
-from q2t.distillation import loop
+from q2t.distillation import checkpoint, loop
 folder, at = Path(sys.argv[1]), int(sys.argv[3])
-save = loop._save
+save = checkpoint.save
 def dying(checkpoints, step, *rest):
     save(checkpoints, step, *rest)
     if step == at:
@@ -170,7 +170,7 @@ def dying(checkpoints, step, *rest):
         (checkpoints / f"step-{step + 1}.partial").mkdir()
         (checkpoints / f"step-{step + 1}.partial" / "model.safetensors").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
-loop._save = dying
+checkpoint.save = dying
 loop.train(tiny_model(), make_rows(22, unlabelled_every=5), SETTINGS, seed=3,
     compute=Compute(threads=1, dtype="float32", device="cpu"),
     checkpoints=folder / "checkpoints", curve=folder / "curve.csv", save_every=3)

@@ -27,6 +27,20 @@ def test_terms_share_a_rows_weight(rows: Any, settings: Any) -> None:
     assert by_row(distillation, chosen) == pytest.approx([0.6 * 2.0 * row.weight for row in chosen])
 
 
+def test_reasoning_counts_apart_from_the_answer(rows: Any, settings: Any) -> None:
+    """In both terms, and only tokens before the answer."""
+    chosen = rows(4)
+    object.__setattr__(chosen[1], "answer_start", chosen[1].completion_tokens - 1)
+    batch = collate(chosen)
+    plain = token_weights(batch, chosen, settings, 1.0, torch.float64)
+    weighted = token_weights(batch, chosen, settings.model_copy(update={"reasoning": 0.25}), 1.0, torch.float64)
+    start = chosen[0].completion_tokens
+    expected = torch.ones(len(batch.targets), dtype=torch.float64)
+    expected[start : start + chosen[1].completion_tokens - 1] = 0.25
+    for before, after in zip(plain, weighted, strict=True):
+        torch.testing.assert_close(after, before * expected)
+
+
 def test_rows_that_nobody_can_check_are_learnt_from_the_teacher_alone(rows: Any, settings: Any) -> None:
     chosen, settings = rows(6), settings.model_copy(update={"teacher_only": ["general"]})
     for row in chosen[::2]:

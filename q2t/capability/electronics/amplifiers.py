@@ -4,10 +4,16 @@ import random
 from typing import Any
 
 from q2t.capability.electronics.calculated import Calculated
-from q2t.capability.electronics.values import E12, draw_value, ohms, plain, scientific
+from q2t.capability.electronics.values import E12, E24, draw_value, ohms, plain, scientific
+from q2t.capability.family import Grid
 from q2t.records import Json
 
-FACTORS = tuple(m * 10**e for e in range(3) for m in (1, 2, 3, 5))
+RESISTORS = {"coarse": E12, "fine": E24}
+"""Mantissas of the given resistor."""
+FACTORS = {
+    "coarse": tuple(m * 10**e for e in range(3) for m in (1, 2, 3, 5)),
+    "fine": tuple(m * 10**e for e in range(3) for m in range(1, 10)),
+}
 """Feedback resistor over the other one."""
 
 
@@ -26,8 +32,8 @@ class NonInvertingGain(Calculated):
         "Op-amp, input at the + pin, {rg} from - to ground. Rf for {gain} times?",
     )
 
-    def draw(self, rng: random.Random) -> dict[str, Json]:
-        return {"gain": rng.choice(FACTORS) + 1, "rg": draw_value(rng, E12, range(2, 6))}
+    def draw(self, rng: random.Random, grid: Grid) -> dict[str, Json]:
+        return {"gain": rng.choice(FACTORS[grid]) + 1, "rg": draw_value(rng, RESISTORS[grid], range(2, 6))}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
         return {"gain": str(inputs["gain"]), "rg": ohms(inputs["rg"])}
@@ -56,8 +62,8 @@ class InvertingGain(Calculated):
         "Op-amp, + pin grounded, signal through {rin} into -. Rf for a gain of -{gain}?",
     )
 
-    def draw(self, rng: random.Random) -> dict[str, Json]:
-        return {"gain": rng.choice(FACTORS), "rin": draw_value(rng, E12, range(2, 6))}
+    def draw(self, rng: random.Random, grid: Grid) -> dict[str, Json]:
+        return {"gain": rng.choice(FACTORS[grid]), "rin": draw_value(rng, RESISTORS[grid], range(2, 6))}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
         return {"gain": str(inputs["gain"]), "rin": ohms(inputs["rin"])}

@@ -9,11 +9,14 @@ import random
 from typing import Any
 
 from q2t.capability.electronics.calculated import Calculated
-from q2t.capability.electronics.values import E6, draw_value, ohms, plain, scientific, shown
+from q2t.capability.electronics.values import E6, E24, draw_value, ohms, plain, scientific, shown
+from q2t.capability.family import Grid
 from q2t.records import Json
 
-MANTISSAS = (1, 2, 5)
-"""Of the frequencies and times that problems ask for."""
+PARTS = {"coarse": E6, "fine": E24}
+"""Mantissas of the given part."""
+ROUND = {"coarse": (1, 2, 5), "fine": (1, 2, 3, 5)}
+"""Mantissas of the frequencies and times that problems ask for."""
 
 
 class RcFilter(Calculated):
@@ -31,8 +34,8 @@ class RcFilter(Calculated):
         "Size the capacitor: low-pass, R={r}, cutoff frequency {f}.",
     )
 
-    def draw(self, rng: random.Random) -> dict[str, Json]:
-        return {"r": draw_value(rng, E6, range(2, 7)), "f": draw_value(rng, MANTISSAS, range(6))}
+    def draw(self, rng: random.Random, grid: Grid) -> dict[str, Json]:
+        return {"r": draw_value(rng, PARTS[grid], range(2, 7)), "f": draw_value(rng, ROUND[grid], range(6))}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
         return {"r": ohms(inputs["r"]), "f": shown(inputs["f"], "Hz")}
@@ -67,8 +70,8 @@ class Reactance(Calculated):
         "At {f}, which reactance does a {c} capacitor show?",
     )
 
-    def draw(self, rng: random.Random) -> dict[str, Json]:
-        return {"c": draw_value(rng, E6, range(-10, -5)), "f": draw_value(rng, MANTISSAS, range(1, 7))}
+    def draw(self, rng: random.Random, grid: Grid) -> dict[str, Json]:
+        return {"c": draw_value(rng, PARTS[grid], range(-10, -5)), "f": draw_value(rng, ROUND[grid], range(1, 7))}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
         return {"c": shown(inputs["c"], "F"), "f": shown(inputs["f"], "Hz")}
@@ -103,8 +106,8 @@ class RlFilter(Calculated):
         "Size the resistor: RL low-pass, L={l}, cutoff frequency {f}.",
     )
 
-    def draw(self, rng: random.Random) -> dict[str, Json]:
-        return {"l": draw_value(rng, E6, range(-6, -1)), "f": draw_value(rng, MANTISSAS, range(2, 8))}
+    def draw(self, rng: random.Random, grid: Grid) -> dict[str, Json]:
+        return {"l": draw_value(rng, PARTS[grid], range(-6, -1)), "f": draw_value(rng, ROUND[grid], range(2, 8))}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
         return {"l": shown(inputs["l"], "H"), "f": shown(inputs["f"], "Hz")}
@@ -139,8 +142,8 @@ class OneShot(Calculated):
         "Size the timing capacitor: 555 one-shot, R={r}, t={t}.",
     )
 
-    def draw(self, rng: random.Random) -> dict[str, Json]:
-        return {"r": draw_value(rng, E6, range(3, 7)), "t": draw_value(rng, MANTISSAS, range(-6, 2))}
+    def draw(self, rng: random.Random, grid: Grid) -> dict[str, Json]:
+        return {"r": draw_value(rng, PARTS[grid], range(3, 7)), "t": draw_value(rng, ROUND[grid], range(-6, 2))}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
         return {"r": ohms(inputs["r"]), "t": shown(inputs["t"], "s")}
@@ -151,7 +154,7 @@ class OneShot(Calculated):
     def solve(self, inputs: dict[str, Any]) -> tuple[str, str]:
         (rm, re), (tm, te) = scientific(inputs["r"]), scientific(inputs["t"])
         longer = 1.1 * rm
-        # 1/x before the time comes in: six reciprocals to know by heart, not eighteen quotients.
+        # 1/x before the time comes in: a reciprocal for each mantissa to know by heart, not a quotient for each pair.
         inverse = rounded(1 / longer)
         product = tm * inverse
         exponent = te - re

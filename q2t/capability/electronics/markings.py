@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 from q2t.capability.electronics.calculated import Calculated
+from q2t.capability.family import Grid
 from q2t.records import Json
 
 COLOURS = ("black", "brown", "red", "orange", "yellow", "green", "blue", "violet", "grey", "white")
@@ -25,7 +26,7 @@ class ColourCode(Calculated):
         "Resistance of {first} {second} {zeros}?",
     )
 
-    def draw(self, rng: random.Random) -> dict[str, Json]:
+    def draw(self, rng: random.Random, grid: Grid) -> dict[str, Json]:
         return {"first": rng.randint(1, 9), "second": rng.randint(0, 9), "zeros": rng.randint(0, 6)}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:

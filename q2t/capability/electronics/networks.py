@@ -1,10 +1,11 @@
 """Resistor networks: LED series resistor and voltage divider."""
 
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 from q2t.capability.electronics.calculated import Calculated
-from q2t.capability.electronics.values import E6, draw_value, next_e12, ohms, plain, scientific
+from q2t.capability.electronics.values import E6, E24, draw_value, next_e12, ohms, plain, scientific
+from q2t.capability.family import Grid
 from q2t.records import Json
 
 
@@ -25,17 +26,20 @@ class LedResistor(Calculated):
         "From {supply} V I want {current} mA through {count} LEDs of {forward} V in series. E12 resistor, next one up?",
         "Limit {count} x {forward} V of LEDs to {current} mA on a {supply} V supply: which E12 value, rounded up?",
     )
-    supplies = (10, 12, 14, 15, 16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 48)
+    supplies: ClassVar = {
+        "coarse": (10, 12, 14, 15, 16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 48),
+        "fine": tuple(range(10, 61)),
+    }
     forwards = (2, 3)
     counts = (1, 2, 3)
-    currents = (1, 2, 10, 20, 100, 200)
+    currents: ClassVar = {"coarse": (1, 2, 10, 20, 100, 200), "fine": (1, 2, 5, 10, 20, 50, 100, 200, 500)}
 
-    def draw(self, rng: random.Random) -> dict[str, Json]:
+    def draw(self, rng: random.Random, grid: Grid) -> dict[str, Json]:
         return {
-            "supply": rng.choice(self.supplies),
+            "supply": rng.choice(self.supplies[grid]),
             "forward": rng.choice(self.forwards),
             "count": rng.choice(self.counts),
-            "current": rng.choice(self.currents),
+            "current": rng.choice(self.currents[grid]),
         }
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
@@ -82,10 +86,11 @@ class Divider(Calculated):
     pairs = tuple(
         (vin, vout) for vin in range(3, 31) for vout in range(1, vin) if vout / (vin - vout) in (0.5, 1.0, 2.0, 3.0)
     )
+    resistors: ClassVar = {"coarse": E6, "fine": E24}
 
-    def draw(self, rng: random.Random) -> dict[str, Json]:
+    def draw(self, rng: random.Random, grid: Grid) -> dict[str, Json]:
         vin, vout = rng.choice(self.pairs)
-        return {"vin": vin, "vout": vout, "r1": draw_value(rng, E6, (3, 4, 5))}
+        return {"vin": vin, "vout": vout, "r1": draw_value(rng, self.resistors[grid], (3, 4, 5))}
 
     def show(self, inputs: dict[str, Any]) -> dict[str, str]:
         return {"vin": plain(inputs["vin"]), "vout": plain(inputs["vout"]), "r1": ohms(inputs["r1"])}

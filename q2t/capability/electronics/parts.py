@@ -4,7 +4,7 @@ import random
 from typing import Any, ClassVar
 
 from q2t.capability.electronics.catalog import Part
-from q2t.capability.family import Family
+from q2t.capability.family import Family, Grid
 from q2t.records import Json, Problem, Split, Verdict
 
 LETTERS = "ABC"
@@ -55,7 +55,7 @@ class Selection(Family):
     def need(self, rng: random.Random) -> dict[str, Json]:
         raise NotImplementedError
 
-    def draw(self, rng: random.Random) -> dict[str, Json]:
+    def draw(self, rng: random.Random, grid: Grid) -> dict[str, Json]:
         for _ in range(1000):
             need = self.need(rng)
             fitting = [p for p in self.parts if self.fits(p, need)]

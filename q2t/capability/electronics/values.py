@@ -11,6 +11,9 @@ E12 = (1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 3.9, 4.7, 5.6, 6.8, 8.2)
 E6 = E12[::2]
 """Mantissas of the E6 series: every other one of E12."""
 
+E24 = tuple(sorted((*E12, 1.1, 1.3, 1.6, 2.0, 2.4, 3.0, 3.6, 4.3, 5.1, 6.2, 7.5, 9.1)))
+"""Mantissas of the E24 series: those of E12, and one in each gap."""
+
 _UNITS = {
     "ohm": ("", "ohm", "ohms", "Ω", "Ω", "R"),
     "F": ("", "F", "farad", "farads"),
