@@ -1,6 +1,7 @@
 """What every stage does around its work: say what went wrong in one line, and know where to resume from."""
 
 import errno
+import gc
 import logging
 import os
 import re
@@ -16,6 +17,9 @@ def run(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     # It prints a traceback of what tracking says in one line, a full disk for example.
     logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)
+    # Imports are most of a short stage, and make a million objects that stay, among which Python would look for garbage
+    # again and again. What is garbage later are small objects, and no tensors.
+    gc.set_threshold(100_000, 20, 100)
     message = None
     try:
         main()
