@@ -26,6 +26,8 @@ from q2t.sources import load_model, load_tokenizer, save_model
 logger = logging.getLogger(__name__)
 FEWEST = 0.5
 """Share of the questions whose answers have to be of use."""
+NO_CHARACTER = "\ufffd"
+"""What bytes that are no UTF-8 are decoded to."""
 
 
 class Sampler:
@@ -46,43 +48,36 @@ class Sampler:
         self.compute = compute
 
     def __call__(self, model: Any, rows: Sequence[Row], settings: OnPolicy, phase: int) -> list[Row]:
-        """One labelled answer to each question of the rows, in their order.
+        """One labelled answer to each question of the rows, in the order and with the weight of its first row.
 
-        Left out are answers that were cut, and those with words that the teacher has other tokens for than a student
-        with a trimmed vocabulary: labels would sit beside the wrong tokens.
+        Left out are answers that were cut, empty ones, and those whose labels would sit beside tokens that the student
+        did not write (bytes that are no UTF-8 are another text once decoded) or that the teacher reads otherwise (words
+        that a student with a trimmed vocabulary has other tokens for). A word that the student put together otherwise
+        than its tokenizer would is kept, in the tokenizer's tokens.
 
         Args:
+            model: the student, with adapters or without; comes back as it was.
             phase: its number; another one draws other answers.
 
         Raises:
-            ValueError: the teacher has another vocabulary, or fewer than half of the answers are of use; says why.
+            ValueError: fewer than half of the answers are of use; says why. Or the teacher is no model folder, or has
+                another vocabulary than the one that the student's was cut from.
         """
-        asked = list({e.problem_id: e for e in (self.examples[row.id] for row in rows)}.values())
         teacher = load_tokenizer(Path(settings.teacher))
         check_map(self.tokenizer, teacher, self.to_student.tolist(), "on_policy.teacher")
-        own: list[Example] = []
-        wrong: Counter[str] = Counter()
-        for example, answer in zip(asked, self._answers(model, asked, settings, phase), strict=True):
-            text = answer.text
-            written = example.model_copy(update={"id": content_id(example.problem_id, phase, text), "text": text})
-            if answer.finish_reason == "length":
-                wrong[f"are cut at max_new_tokens ({settings.max_new_tokens})"] += 1
-            elif not text.strip():
-                wrong["are empty"] += 1
-            elif not self._same_tokens(written, teacher):
-                wrong["have other tokens for the teacher"] += 1
-            else:
-                own.append(written)
-        if wrong:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(wrong.items()))
-            said = f"of the student's {len(asked)} answers in phase {phase}, {reasons}"
-            if len(own) < FEWEST * len(asked):
-                raise ValueError(f"on_policy: {said}: let an earlier phase teach it to answer, or give more tokens")
-            logger.warning("%s: they are left out", said)
+        asked: dict[str, Example] = {}
+        for row in rows:
+            asked.setdefault(self.examples[row.id].problem_id, self.examples[row.id])
+        answers = self._answers(model, list(asked.values()), settings, phase)
+        own = [
+            example.model_copy(update={"id": content_id(problem, phase, answer.text), "text": answer.text})
+            for (problem, example), answer in zip(asked.items(), answers, strict=True)
+        ]
+        kept = self._of_use(own, answers, teacher, settings, phase)
         return label(
             load_model(Path(settings.teacher), self.compute.dtype).to(self.compute.device),
             teacher,
-            own,
+            kept,
             top_k=settings.top_k,
             batch_size=settings.batch_size,
             to_student=self.to_student,
@@ -110,6 +105,31 @@ class Sampler:
             answers = dict(pair for batch in batches for pair in batch)
         return [answers[place] for place in range(len(asked))]
 
-    def _same_tokens(self, example: Example, teacher: Any) -> bool:
-        (theirs,), (ours,) = encode(teacher, [example]), encode(self.tokenizer, [example])
-        return np.array_equal(self.to_student.numpy()[theirs.input_ids], ours.input_ids)
+    def _of_use(
+        self, own: list[Example], answers: list[Answer], teacher: Any, settings: OnPolicy, phase: int
+    ) -> list[Example]:
+        kept: list[Example] = []
+        left_out: Counter[str] = Counter()
+        for example, answer, theirs, ours in zip(
+            own, answers, encode(teacher, own), encode(self.tokenizer, own), strict=True
+        ):
+            if answer.finish_reason == "length":
+                left_out[f"cut at max_new_tokens ({settings.max_new_tokens})"] += 1
+            elif not example.text.strip():
+                left_out["empty"] += 1
+            elif NO_CHARACTER in example.text:
+                left_out["no UTF-8"] += 1
+            elif not np.array_equal(self.to_student.numpy()[theirs.input_ids], ours.input_ids):
+                left_out["other tokens for the teacher"] += 1
+            else:
+                kept.append(example)
+        if left_out:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(left_out.items()))
+            said = f"{len(kept)} of the student's {len(own)} answers in phase {phase} are of use ({reasons})"
+            if len(kept) < FEWEST * len(own):
+                raise ValueError(
+                    f"on_policy: {said}; half of them have to be: raise max_new_tokens, or let a longer phase before "
+                    "this one teach the student to answer"
+                )
+            logger.warning("%s; the others are left out", said)
+        return kept

@@ -50,12 +50,16 @@ class OnlineTeacher:
             seed: of the projections.
 
         Raises:
-            ValueError: no model folder, a layer that a model doesn't have, or tokens that don't fit the loss.
+            ValueError: no model folder, a layer that a model doesn't have, tokens that don't fit the loss, or a row
+                whose text a tokenizer changes.
         """
         folder = Path(settings.teacher)
         self.settings = settings
-        self.model = load_model(folder, compute.dtype).to(compute.device).requires_grad_(False)
-        theirs = load_tokenizer(folder)
+        try:
+            self.model = load_model(folder, compute.dtype).requires_grad_(False)
+            theirs = load_tokenizer(folder)
+        except ValueError as error:
+            raise ValueError(f"online.teacher: {error}") from None
         configs = student.config.get_text_config(), self.model.config.get_text_config()
         pairs = {"hidden": settings.hidden, "attention": settings.attention}
         for field, layers in pairs.items():
@@ -77,6 +81,8 @@ class OnlineTeacher:
         else:
             of_teacher = features.in_teacher_ids(rows, tokenizer, theirs)
         self.rows = {row.id: row for row in of_teacher}
+        if settings.spans:  # a text that can't be aligned is refused here, and not when its step comes
+            align_rows(rows, [self.rows[row.id] for row in rows], *self.vocabularies)
 
     def states(self, student: Any, batch: Batch) -> features.States:
         """The student's states that the losses need, with a gradient."""
@@ -92,8 +98,9 @@ class OnlineTeacher:
         settings = self.settings
         teacher_rows = [self.rows[row.id] for row in rows]
         # The teacher's completions are the student's, so that targets and weights are those of the batch.
-        teacher_batch = collate(teacher_rows).to(batch.input_ids.device)
-        theirs = features.teacher_states(self.model, teacher_batch, *self._layers(1))
+        device = batch.input_ids.device  # a process of several knows its own once the loop has begun
+        teacher_batch = collate(teacher_rows).to(device)
+        theirs = features.teacher_states(self.model.to(device), teacher_batch, *self._layers(1))
         zero = torch.zeros((), dtype=torch.promote_types(states.last.dtype, torch.float32), device=states.last.device)
         terms = OnlineTerms(zero, zero, zero, zero)
         if settings.hidden:
@@ -103,7 +110,7 @@ class OnlineTeacher:
             values = features.attention_loss(states.attentions, theirs.attentions, self.groups)
             terms = _with(terms, "attention", values, batch.weights, settings.attention_weight)
         if settings.spans:
-            spans = align_rows(rows, teacher_rows, *self.vocabularies).to(batch.input_ids.device)
+            spans = align_rows(rows, teacher_rows, *self.vocabularies).to(device)
             heads = [model.get_output_embeddings().weight for model in (student, self.model)]
             ours = span_losses.Predictions(states.last, heads[0], batch.targets)
             teacher = span_losses.Predictions(theirs.last, heads[1], teacher_batch.targets)

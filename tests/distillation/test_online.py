@@ -7,14 +7,26 @@ import pytest
 import torch
 
 from q2t.config import Online
-from q2t.distillation import loop
+from q2t.distillation import loop, online
+from q2t.distillation.batches import Batch, collate
 from q2t.distillation.labels import encode
 from q2t.distillation.online import OnlineTeacher
+from q2t.records import Example
 from q2t.sources import save_model
 
 FEATURES = {"hidden": [[0, 0], [2, 2]], "attention": [[1, 1], [2, 2]]}
 ORDER = ("<|im_start|>", "<|endoftext|>", "<|im_end|>")
 """Of special tokens, other than the student's: all bytes keep their ids, these don't."""
+KINDS = pytest.mark.parametrize(
+    "given", [FEATURES, {"spans": "matched"}, {"spans": "uld"}], ids=["features", "matched", "uld"]
+)
+TEXTS = [
+    "A divider of 4.7 kohm and 10 kohm halves no voltage: 12 V becomes 8.16 V.",
+    "With 470 ohm and 100 nF the time constant is 47 µs.",
+    "At 1200 V the current through 470 Ω is 2.55 A, which no small resistor stands.",
+    "0",
+    "Two resistors of 1200 ohm in parallel have 600 ohm, and in series 2400 ohm.",
+]
 
 
 def network(seed: int, dtype: torch.dtype = torch.float64, **shape: int) -> Any:
@@ -43,8 +55,8 @@ def beside(tokenizer: Any, examples: Any, compute: Any, tmp_path: Path) -> Any:
         save_model(teacher, theirs or tokenizer(), tmp_path / "teacher")
         given, ours = examples(7), tokenizer()
         rows = encode(ours, given)
-        online = Online(teacher=str(tmp_path / "teacher"), **settings)
-        made = OnlineTeacher(online, student, ours, rows, given, seed=0, compute=compute)
+        asked = Online(teacher=str(tmp_path / "teacher"), **settings)
+        made = OnlineTeacher(asked, student, ours, rows, given, seed=0, compute=compute)
         made.model.to(student.dtype)
         made.projections.to(student.dtype)
         return made, rows
@@ -67,11 +79,30 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(
     assert (losses.hidden, losses.attention) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
     losses, _ = gradients(network(1), teacher, [rows], settings, accelerator)
     assert losses.hidden > 0.1 and losses.attention > 0.01 and losses.spans == 0
+    louder = network(0)
+    louder.model.embed_tokens.weight.data *= 2
+    teacher, rows = beside(network(0), louder, distance=distance, hidden=[[0, 0]])
+    losses, _ = gradients(louder, teacher, [rows], settings, accelerator)
+    assert (losses.hidden > 1e-3) == (distance == "mse"), "to the cosine, a length is nothing"
 
 
-@pytest.mark.parametrize(
-    "given", [FEATURES, {"spans": "matched"}, {"spans": "uld"}], ids=["features", "matched", "uld"]
-)
+def test_each_layer_learns_from_its_own_of_the_teacher(beside: Any, settings: Any, accelerator: Any) -> None:
+    """The teacher is the student behind one more block, which changes nothing."""
+    student, other = network(0), network(1, num_hidden_layers=3)
+    weights = student.state_dict()
+    for layer in (1, 0):
+        part = f"model.layers.{layer}."
+        of_layer = {key: value for key, value in weights.items() if key.startswith(part)}
+        weights |= {key.replace(part, f"model.layers.{layer + 1}."): value for key, value in of_layer.items()}
+    weights |= {key: torch.zeros_like(weights[key]) for key in weights if ".0." in key and "norm" not in key}
+    other.load_state_dict(weights)
+    shifted = {"hidden": [[0, 1], [1, 2], [2, 3]], "attention": [[1, 2], [2, 3]]}
+    teacher, rows = beside(other, student, **shifted)
+    losses, _ = gradients(student, teacher, [rows], settings, accelerator)
+    assert (losses.hidden, losses.attention) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+
+
+@KINDS
 def test_the_split_into_micro_batches_changes_nothing(
     beside: Any, given: Any, tokenizer: Any, settings: Any, accelerator: Any
 ) -> None:
@@ -83,15 +114,51 @@ def test_the_split_into_micro_batches_changes_nothing(
         torch.testing.assert_close(gradients(student, teacher, split, settings, accelerator), whole)
 
 
-def test_each_term_counts_by_its_weight_and_the_rows(beside: Any, settings: Any, accelerator: Any) -> None:
+@KINDS
+def test_prompts_and_padding_teach_nothing(
+    beside: Any, given: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding is the end token, which also ends the completions: what stands there instead changes nothing."""
+    student = network(0, hidden_size=16)
+    teacher, rows = beside(network(1), student, tokenizer(ORDER) if "spans" in given else None, **given)
+    outputs: list[torch.Tensor] = []
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        output.last_hidden_state.retain_grad()
+        outputs.append(output.last_hidden_state)
+
+    def learn(padding: int) -> Any:
+        def padded(some: list[Any]) -> Batch:
+            batch = collate(some)
+            for ids, row in zip(batch.input_ids, some, strict=True):
+                ids[len(row.input_ids) :] = padding
+            return batch
+
+        monkeypatch.setattr(online, "collate", padded)
+        student.zero_grad()
+        batch = padded(rows)
+        with student.base_model.register_forward_hook(keep):
+            states = teacher.states(student, batch)
+        teacher.loss(student, states, rows, batch).total.backward()
+        reached = outputs[-1].grad.abs().sum(2) > 0
+        assert torch.equal(reached, batch.predicts)
+        return [parameter.grad.clone() for parameter in student.parameters()]
+
+    torch.testing.assert_close(learn(padding=1), learn(padding=77))
+
+
+@KINDS
+def test_each_term_counts_by_its_weight_and_the_rows(
+    beside: Any, given: Any, tokenizer: Any, settings: Any, accelerator: Any
+) -> None:
     student = network(0)
-    weights = {"hidden_weight": 0.25, "attention_weight": 3.0}
-    teacher, rows = beside(network(1), student, **FEATURES, **weights)
+    weights = {"hidden_weight": 0.25, "attention_weight": 3.0, "spans_weight": 0.5}
+    teacher, rows = beside(network(1), student, tokenizer(ORDER) if "spans" in given else None, **given, **weights)
     alone = [gradients(student, teacher, [[row]], settings, accelerator)[0] for row in rows]
     together, _ = gradients(student, teacher, [rows], settings, accelerator)
     tokens = [row.completion_tokens for row in rows]
     expected = sum(
-        n * row.weight * (0.25 * terms.hidden + 3.0 * terms.attention)
+        n * row.weight * (0.25 * terms.hidden + 3.0 * terms.attention + 0.5 * terms.spans)
         for n, row, terms in zip(tokens, rows, alone, strict=True)
     )
     assert together.weighted_online == pytest.approx(expected / sum(tokens))
@@ -115,6 +182,93 @@ def test_spans_of_the_same_bytes_compare_what_is_said(
     assert losses.spans == pytest.approx(0, abs=1e-9)
     losses, _ = gradients(network(2), teacher, [rows], settings, accelerator)
     assert losses.spans > 0.1
+
+
+def test_a_trimmed_student_is_compared_at_the_tokens_of_its_teacher(
+    examples: Any, settings: Any, accelerator: Any, compute: Any, tmp_path: Path
+) -> None:
+    from q2t.compression.vocabulary import trim
+    from q2t.smollm import train_tokenizer
+
+    given = examples(7)
+    texts = [example.text + example.question for example in given]
+    theirs = train_tokenizer([*texts * 3, "voltage divider resistor " * 9], 300)
+    trimmed = trim(theirs, [*texts, "<|im_start|>user\nassistant\n<|im_end|>"], 285)
+    assert trimmed.kept != list(range(len(trimmed.kept)))
+    teacher, student = network(0), network(0)
+    student.model.embed_tokens.weight.data[: len(trimmed.kept)] = teacher.model.embed_tokens.weight[trimmed.kept]
+    save_model(teacher, theirs, tmp_path / "teacher")
+    rows = encode(trimmed.tokenizer, given)
+    asked = Online(teacher=str(tmp_path / "teacher"), **FEATURES)
+    made = OnlineTeacher(asked, student, trimmed.tokenizer, rows, given, seed=0, compute=compute)
+    made.model.double()
+    losses, _ = gradients(student, made, [rows], settings, accelerator)
+    assert (losses.hidden, losses.attention) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+
+
+def bpe(size: int, digits: bool, end: str, user: str) -> Any:
+    """Merges learnt from TEXTS, those of digits too or not; both the end token and the template are its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    apart = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytewise])
+    backend.pre_tokenizer = bytewise if digits else apart
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<pad>", end], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token="<pad>")
+    made.chat_template = "{% for m in messages %}" + user + "{{ m.content }}" + end + "{% endfor %}>"
+    return made
+
+
+@pytest.mark.xfail(
+    raises=AttributeError,
+    strict=True,
+    reason="Gemma3ForCausalLM is its own base_model: batches and features have to ask get_decoder()",
+)
+@pytest.mark.parametrize("spans", ["matched", "uld"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_qwen3_teaches_gemma3_in_tokens_of_its_own(spans: str, dtype: str, compute: Any, tmp_path: Path) -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
+
+    ours, theirs = bpe(290, True, "<end_of_turn>", "user "), bpe(340, False, "<|im_end|>", "Q: ")
+    shape = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2)
+    torch.manual_seed(0)
+    teacher = Qwen3ForCausalLM(Qwen3Config(vocab_size=352, hidden_size=24, intermediate_size=32, **shape))
+    config = Gemma3TextConfig(vocab_size=290, hidden_size=32, intermediate_size=48, sliding_window=16, **shape)
+    student = Gemma3ForCausalLM(config)
+    save_model(teacher, theirs, tmp_path / "teacher")
+    given = [
+        Example(id=f"e{i}", problem_id="p", family="f", domain="general", teacher="t", question="470 Ω?", text=text)
+        for i, text in enumerate(TEXTS)
+    ]
+    rows = encode(ours, given)
+    compute = compute.model_copy(update={"dtype": dtype})
+    asked = Online(teacher=str(tmp_path / "teacher"), spans=spans)
+    beside = OnlineTeacher(asked, student, ours, rows, given, seed=0, compute=compute)
+    assert next(beside.model.parameters()).dtype == getattr(torch, dtype)
+
+    def loss(some: list[Any]) -> Any:
+        batch = collate(some)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            return beside.loss(student, beside.states(student, batch), some, batch)
+
+    # Either side has spans of several tokens, and a row has other numbers of tokens on the two.
+    alone = sum(loss([row]).spans for row in rows)
+    torch.testing.assert_close(loss(rows).spans, alone, rtol=1e-2 if dtype == "bfloat16" else 1e-4, atol=0)
+    optimizer, values = torch.optim.AdamW(student.parameters(), lr=0.01), []
+    for _ in range(9):  # of spans alone; a run also learns the words
+        terms = loss(rows)
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+        values.append(terms.spans.item())
+    assert 0 < values[-1] < 0.9 * values[0]
 
 
 def test_a_run_with_projections_resumes_to_the_same_bytes_and_learns(
@@ -152,5 +306,14 @@ def test_what_does_not_fit_is_refused_at_the_beginning(
     with pytest.raises(ValueError, match=r"online.spans is for a teacher with other tokens"):
         beside(network(1), student, spans="uld")
     nowhere = Online(teacher=str(tmp_path / "nowhere"), hidden=[[1, 1]])
-    with pytest.raises(ValueError, match="nowhere is no model folder"):
+    with pytest.raises(ValueError, match="online.teacher: .*nowhere is no model folder"):
         OnlineTeacher(nowhere, student, tokenizer(), [], [], seed=0, compute=compute)
+
+
+def test_a_text_that_the_teacher_reads_otherwise_is_refused_before_training(beside: Any, tokenizer: Any) -> None:
+    from tokenizers import normalizers
+
+    theirs = tokenizer(ORDER)
+    theirs.backend_tokenizer.normalizer = normalizers.Replace("k ohm", "kohm")
+    with pytest.raises(ValueError, match="row e0: from byte .* the student's tokens spell .* online.spans"):
+        beside(network(1), network(0), theirs, spans="matched")
