@@ -87,7 +87,7 @@ def predicting_states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states [tokens, width] of the positions that predict the batch's targets."""
     # All ones, padding too: transformers then takes the fused causal kernel. Given None, it builds a mask.
     everything = torch.ones_like(batch.input_ids)
-    output = model.base_model(input_ids=batch.input_ids, attention_mask=everything, use_cache=False)
+    output = model.get_decoder()(input_ids=batch.input_ids, attention_mask=everything, use_cache=False)
     return output.last_hidden_state[batch.predicts]
 
 

@@ -95,7 +95,7 @@ def capture(model: Any, batch: Batch, layers: Sequence[int], attention_layers: S
     """
     eager = model.config.get_text_config()._attn_implementation == "eager"
     assert eager or not attention_layers, "fused attention has no maps: set eager"
-    output = model.base_model(
+    output = model.get_decoder()(
         input_ids=batch.input_ids,
         attention_mask=torch.ones_like(batch.input_ids),
         use_cache=False,

@@ -226,11 +226,6 @@ def bpe(size: int, digits: bool, end: str, user: str) -> Any:
     return made
 
 
-@pytest.mark.xfail(
-    raises=AttributeError,
-    strict=True,
-    reason="Gemma3ForCausalLM is its own base_model: batches and features have to ask get_decoder()",
-)
 @pytest.mark.parametrize("spans", ["matched", "uld"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_qwen3_teaches_gemma3_in_tokens_of_its_own(spans: str, dtype: str, compute: Any, tmp_path: Path) -> None:
