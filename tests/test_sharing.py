@@ -1,13 +1,16 @@
 """What the README's section Pull says, on a small repository with this one's settings.
 
-Its remote is a folder, then a bucket of an S3 server on loopback, which moto brings.
+Its remote is a folder, then servers on loopback: a bucket of an S3 server, which moto brings, and a folder of an SSH
+server, which asyncssh brings.
 """
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -43,7 +46,9 @@ def run(tmp_path_factory):
     }
 
     def run(folder: Path, *command: str, fails: bool = False) -> str:
-        done = subprocess.run(command, cwd=folder, env=os.environ | settings, capture_output=True, text=True)
+        # Nobody is there to be asked for another password.
+        quiet = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        done = subprocess.run(command, cwd=folder, env=os.environ | settings, **quiet)
         assert (done.returncode != 0) == fails, f"{command}: {done.stdout}{done.stderr}"
         return done.stderr if fails else done.stdout
 
@@ -79,11 +84,57 @@ def endpoint():
     server.stop()
 
 
-@pytest.fixture(scope="module", params=["folder", "s3"])
+@pytest.fixture(scope="module")
+def ssh(tmp_path_factory):
+    """An SSH server with one user, whose password is `right`, and whose home has the known hosts; its port."""
+    import asyncssh
+
+    class Server(asyncssh.SSHServer):
+        def begin_auth(self, username: str) -> bool:
+            return True
+
+        def password_auth_supported(self) -> bool:
+            return True
+
+        def validate_password(self, username: str, password: str) -> bool:
+            return (username, password) == ("ada", "right")
+
+    storage, home = tmp_path_factory.mktemp("ssh"), tmp_path_factory.mktemp("home")
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start() -> asyncssh.SSHAcceptor:
+        return await asyncssh.listen(
+            "127.0.0.1",
+            0,
+            server_factory=Server,
+            server_host_keys=[key],
+            sftp_factory=lambda channel: asyncssh.SFTPServer(channel, chroot=str(storage)),
+        )
+
+    server = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    port = server.get_port()
+    (home / ".ssh").mkdir()
+    (home / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {key.export_public_key().decode()}")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HOME", str(home))
+        environment.delenv("SSH_AUTH_SOCK", raising=False)
+        yield port
+    loop.call_soon_threadsafe(server.close)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+@pytest.fixture(scope="module", params=["folder", "s3", "ssh"])
 def remote(request, tmp_path_factory) -> tuple[str, dict[str, str]]:
     """The remote's URL, and its further settings as `dvc remote modify` names them."""
     if request.param == "folder":
         return str(tmp_path_factory.mktemp("storage")), {}
+    if request.param == "ssh":
+        settings = {"user": "ada", "password": "right"}
+        return f"ssh://127.0.0.1:{request.getfixturevalue('ssh')}/srv/q2t", settings
     return "s3://bucket/q2t", {"endpointurl": request.getfixturevalue("endpoint")}
 
 
@@ -159,6 +210,12 @@ def test_wrong_credentials_are_refused(clone, run, user):
     for setting, value in {"access_key_id": name, "secret_access_key": "wrong"}.items():
         run(clone, "dvc", "remote", "modify", "--local", "storage", setting, value)
     assert "failed to connect to s3 (bucket/q2t/files/md5) - Forbidden" in run(clone, "dvc", "pull", fails=True)
+
+
+@pytest.mark.parametrize("remote", ["ssh"], indirect=True)
+def test_a_wrong_password_is_refused(clone, run):
+    run(clone, "dvc", "remote", "modify", "--local", "storage", "password", "wrong")
+    assert "failed to connect to ssh (/srv/q2t/files/md5)" in run(clone, "dvc", "pull", fails=True)
 
 
 @pytest.mark.parametrize("remote", ["s3"], indirect=True)
