@@ -4,12 +4,15 @@ params.yaml is read as YAML 1.2, as DVC writes it (after `-S lr=5e-5` a YAML 1.1
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PARAMS = Path("params.yaml")
+WATCHED = re.compile(r"models/(teacher|sources/[^/]+)/?")
+"""Folders that dvc.yaml's distill and prune depend on."""
 
 
 class Section(BaseModel):
@@ -175,6 +178,12 @@ class Adapter(Section):
     modules: list[str] = Field(min_length=1)
     """Names of the linear modules that get one, such as q_proj."""
 
+    @model_validator(mode="after")
+    def _ia3_has_no_size(self) -> "Adapter":
+        if self.kind == "ia3" and (given := self.model_fields_set & {"rank", "alpha"}):
+            raise ValueError(f"ia3 has no {' and no '.join(sorted(given))}: leave it out, or take lora")
+        return self
+
 
 LayerPair = Annotated[list[int], Field(min_length=2, max_length=2)]
 """A student layer, and the teacher layer that it imitates."""
@@ -243,7 +252,8 @@ class Phase(Section):
     sparsity: float | None = Field(default=None, ge=0)
     online: Literal[False] | None = None
     """False leaves the section's online teacher out."""
-    on_policy: OnPolicy | None = None
+    on_policy: OnPolicy | Literal[False] | None = None
+    """False leaves the section's out: the phase learns from the rows' own answers."""
 
 
 class Distill(Optimizer):
@@ -286,12 +296,17 @@ class Distill(Optimizer):
     """One after the other, each with warm-up and optimiser state of its own; none is one phase of this section's."""
 
     @model_validator(mode="after")
-    def _own_answers_have_labels_alone(self) -> "Distill":
+    def _phases_fit_their_teachers(self) -> "Distill":
         for number, phase in enumerate(self.in_phases(), 1):
-            if phase.on_policy and phase.online:
+            if phase.online and phase.on_policy:
                 raise ValueError(
                     f"phase {number} is on_policy and has an online teacher, which knows the rows' own answers only: "
                     "give it online: false"
+                )
+            if phase.online and (phase.reasoning != 1 or phase.curriculum):
+                raise ValueError(
+                    f"phase {number} has an online teacher, whose terms reasoning and curriculum would not weight: "
+                    "leave these at 1.0 and 0.0 there"
                 )
         return self
 
@@ -300,7 +315,8 @@ class Distill(Optimizer):
         settings = []
         for phase in self.phases or [Phase()]:
             given = {key: value for key, value in phase if value is not None}
-            settings.append(self.model_copy(update=given | ({"online": None} if "online" in given else {})))
+            left_out = {key: None for key in ("online", "on_policy") if given.get(key) is False}
+            settings.append(self.model_copy(update=given | left_out))
         return settings
 
 
@@ -359,6 +375,18 @@ class Params(Section):
     export: Export
     evaluate: Evaluate
     tracking: Tracking
+
+    @model_validator(mode="after")
+    def _teachers_are_watched(self) -> "Params":
+        for name, section in (("distill", self.distill), ("prune", self.prune)):
+            for phase in section.in_phases():
+                for key, given in (("online", phase.online), ("on_policy", phase.on_policy)):
+                    if given and not WATCHED.fullmatch(given.teacher):
+                        raise ValueError(
+                            f"{name}: {key}.teacher is {given.teacher!r}, and DVC would not see it change: name "
+                            "models/teacher or models/sources/NAME, and put other models into sources"
+                        )
+        return self
 
 
 def load(path: Path = PARAMS) -> Params:

@@ -9,7 +9,7 @@ import torch
 from q2t import quality
 from q2t.config import load
 from q2t.determinism import seed_everything
-from q2t.distillation.alignment import same_vocabulary
+from q2t.distillation.alignment import difference
 from q2t.distillation.labels import Row, encode, label, write
 from q2t.records import Example, read_jsonl, write_json
 from q2t.sources import fingerprint, load_model, load_tokenizer
@@ -28,8 +28,8 @@ def main() -> None:
     seed_everything(params.seed, params.compute)
     with stage_run("label") as tracked:
         examples = read_jsonl(Path("data/filtered/examples.jsonl"), Example)
-        student, whole = load_tokenizer(STUDENT), load_tokenizer(Path(params.initialize.model))
-        to_student = torch.tensor(json.loads((STUDENT / "vocabulary_map.json").read_text()))
+        student = load_tokenizer(STUDENT)
+        to_student = json.loads((STUDENT / "vocabulary_map.json").read_text())
         labelled: dict[str, Row] = {}
         fingerprints = {}
         for name in params.filter.teachers:
@@ -38,11 +38,11 @@ def main() -> None:
             if (folder / POINTER).exists():
                 # An endpoint gives its words only: these rows are learnt by the task loss.
                 rows = encode(student, written)
-            elif not same_vocabulary(whole, tokenizer := load_tokenizer(folder)):
+            elif other := difference(student, tokenizer := load_tokenizer(folder), to_student):
                 logger.warning(
-                    "%s has other tokens than the student: its rows are learnt from its words alone. "
-                    "distill.online with spans compares probabilities too",
+                    "teachers.%s: %s. Its words alone are learnt from; online.spans compares probabilities too",
                     name,
+                    other,
                 )
                 rows = encode(student, written)
             else:
@@ -52,7 +52,7 @@ def main() -> None:
                     written,
                     top_k=settings.top_k,
                     batch_size=settings.batch_size,
-                    to_student=to_student,
+                    to_student=torch.tensor(to_student),
                     student_tokenizer=student,
                 )
             labelled |= {row.id: row for row in rows}

@@ -7,6 +7,8 @@ from q2t.config import Source, load
 
 PARAMS = Path("params.yaml")
 
+OWN = {"teacher": "models/teacher", "max_new_tokens": 9, "batch_size": 2, "top_k": 4}
+
 
 def changed(tmp_path, change):
     yaml = YAML()
@@ -32,11 +34,35 @@ def changed(tmp_path, change):
         (lambda p: p["filter"]["weights"]["teacher"].update(expret=2.0), r"\['expret'\].* teachers: expert, base$"),
         (lambda p: p["filter"]["weights"]["domain"].update(genral=1.0), "'genral' in filter.weights.domain: "),
         (lambda p: p["evaluate"].update(lenient=["bsae"]), r"lenient names \['bsae'\].*among the models: base, "),
+        (
+            lambda p: p["distill"].update(online={"teacher": "elsewhere/model", "hidden": [[1, 1]]}),
+            "distill: online.teacher is 'elsewhere/model', and DVC would not see it change",
+        ),
+        (
+            lambda p: p["distill"].update(online={"teacher": "models/teacher", "hidden": [[1, 1]]}, reasoning=0.5),
+            "phase 1 has an online teacher, whose terms reasoning and curriculum would not weight",
+        ),
+        (
+            lambda p: p["prune"].update(
+                online={"teacher": "models/teacher", "hidden": [[1, 1]]},
+                phases=[{"online": False}, {"on_policy": OWN}],
+            ),
+            "phase 2 is on_policy and has an online teacher",
+        ),
+        (lambda p: p["distill"].update(online={"teacher": "models/teacher"}), "nothing is learnt from this teacher"),
+        (lambda p: p["distill"].update(adapter={"kind": "ia3", "rank": 4, "modules": ["q_proj"]}), "ia3 has no rank"),
     ],
 )  # fmt: skip
 def test_a_wrong_key_is_explained(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         load(changed(tmp_path, change))
+
+
+def test_a_phase_leaves_out_what_the_section_has(tmp_path):
+    phases = [{"on_policy": False}, {}]
+    path = changed(tmp_path, lambda p: p["distill"].update(on_policy=OWN, phases=phases))
+    first, second = load(path).distill.in_phases()
+    assert first.on_policy is None and second.on_policy and second.on_policy.model_dump() == OWN | {"temperature": 1.0}
 
 
 def test_all_mistakes_are_told_at_once(tmp_path):

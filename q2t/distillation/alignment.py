@@ -92,32 +92,22 @@ def same_vocabulary(student: Any, teacher: Any) -> bool:
     return student.get_vocab() == teacher.get_vocab() and student.eos_token_id == teacher.eos_token_id
 
 
-def check_map(student: Any, teacher: Any, to_student: Sequence[int], field: str) -> None:
-    """Refuse a teacher whose ids the map is not of; equal sizes don't show that.
+def difference(student: Any, teacher: Any, to_student: Sequence[int]) -> str:
+    """Why the student's vocabulary was not cut from the teacher's; empty if it was. Equal sizes don't show that.
 
     Args:
-        student: its tokenizer, as the teacher's.
-        to_student: [teacher vocabulary], student id or -1.
-        field: name of the setting that the teacher comes from.
-
-    Raises:
-        ValueError: the two belong to other vocabularies; names a token that differs.
+        student: its tokenizer, as the teacher's, which may have more tokens than the map.
+        to_student: [vocabulary that the student's was cut from], student id or -1.
     """
     theirs = teacher.get_vocab()
     for token, index in sorted(student.get_vocab().items()):
         other = theirs.get(token, -1)
         if not 0 <= other < len(to_student) or to_student[other] != index:
             where = "lacks it" if other < 0 else f"has it as {other}, which is another token of the student's model"
-            raise ValueError(
-                f"{field}: the student's vocabulary was cut from another one than this teacher's: token {token!r} is "
-                f"{index} in the student's, and the teacher {where}. Take the model that it was cut from, or one "
-                "trained from that"
-            )
+            return f"the student's token {token!r} is {index}, and the teacher {where}"
     if student.eos_token != teacher.eos_token:
-        raise ValueError(
-            f"{field}: the student's texts end on {student.eos_token!r} and the teacher's on {teacher.eos_token!r}: "
-            "take a teacher with the same"
-        )
+        return f"the student's texts end on {student.eos_token!r} and the teacher's on {teacher.eos_token!r}"
+    return ""
 
 
 def overlap(student: Vocabulary, teacher: Vocabulary) -> dict[str, float]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from q2t.config import Compute, Distill
+from q2t.distillation import phases
 from q2t.distillation.labels import Row
 from q2t.distillation.loop import train
 from q2t.distillation.on_policy import Sampler
@@ -24,16 +25,27 @@ def learn(
     checkpoints: Path,
     curve: Path,
 ) -> Any:
-    """`train`, with the seed of the settings and with what `online` and `on_policy` name.
+    """`train`, with the seed of the settings and with what `online` and `on_policy` name, which is checked first.
 
     Args:
         tokenizer: the model's.
         examples: those of the rows, as text.
         to_student: [teacher vocabulary], student id or -1.
+
+    Raises:
+        ValueError: as `train`, `OnlineTeacher` and `Sampler`.
     """
-    seed, teacher = settings.seed, None
-    if settings.online:
-        teacher = OnlineTeacher(settings.online, model, tokenizer, rows, examples, seed=seed, compute=compute)
+    seed, in_phases = settings.seed, settings.in_phases()
+    sampler = Sampler(tokenizer, to_student, examples, seed=seed, compute=compute)
+    for phase in in_phases:
+        if phase.on_policy:
+            sampler.teacher_map(phase.on_policy)
+    teacher = None
+    beside = {i for phase in in_phases if phase.online for i in phases.select(rows, phase, seed)}
+    if beside:
+        assert settings.online
+        learnt = [rows[i] for i in sorted(beside)]
+        teacher = OnlineTeacher(settings.online, model, tokenizer, learnt, examples, seed=seed, compute=compute)
     return train(
         model,
         rows,
@@ -43,5 +55,5 @@ def learn(
         checkpoints=checkpoints,
         curve=curve,
         teacher=teacher,
-        sampler=Sampler(tokenizer, to_student, examples, seed=seed, compute=compute),
+        sampler=sampler,
     )

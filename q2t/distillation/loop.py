@@ -5,6 +5,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,11 +246,15 @@ def is_spike(norm: float, earlier: Sequence[float], factor: float | None) -> boo
 def _accelerator(compute: Compute) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import InitProcessGroupKwargs
 
     # A process may train twice with other settings, and accelerate would keep the first ones.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "bf16" if compute.dtype == "bfloat16" else "no"
-    return Accelerator(cpu=torch.device(compute.device).type == "cpu", mixed_precision=precision)
+    # The others wait while the first one samples and labels the student's own answers.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    cpu = torch.device(compute.device).type == "cpu"
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
 
 
 def _add_up(model: Any, teacher: OnlineTeacher | None, sums: list[float], accelerator: Any) -> list[float]:

@@ -18,7 +18,7 @@ import torch
 from q2t.config import Compute, OnPolicy
 from q2t.deployment.runtime import Answer, Request, load
 from q2t.distillation.adapters import merge
-from q2t.distillation.alignment import check_map
+from q2t.distillation.alignment import difference
 from q2t.distillation.labels import Row, encode, label
 from q2t.records import Example, content_id
 from q2t.sources import load_model, load_tokenizer, save_model
@@ -63,8 +63,7 @@ class Sampler:
             ValueError: fewer than half of the answers are of use; says why. Or the teacher is no model folder, or has
                 another vocabulary than the one that the student's was cut from.
         """
-        teacher = load_tokenizer(Path(settings.teacher))
-        check_map(self.tokenizer, teacher, self.to_student.tolist(), "on_policy.teacher")
+        teacher, to_student = self.teacher_map(settings)
         asked: dict[str, Example] = {}
         for row in rows:
             asked.setdefault(self.examples[row.id].problem_id, self.examples[row.id])
@@ -73,16 +72,37 @@ class Sampler:
             example.model_copy(update={"id": content_id(problem, phase, answer.text), "text": answer.text})
             for (problem, example), answer in zip(asked.items(), answers, strict=True)
         ]
-        kept = self._of_use(own, answers, teacher, settings, phase)
+        kept = self._of_use(own, answers, teacher, to_student.numpy(), settings, phase)
         return label(
             load_model(Path(settings.teacher), self.compute.dtype).to(self.compute.device),
             teacher,
             kept,
             top_k=settings.top_k,
             batch_size=settings.batch_size,
-            to_student=self.to_student,
+            to_student=to_student,
             student_tokenizer=self.tokenizer,
         )
+
+    def teacher_map(self, settings: OnPolicy) -> tuple[Any, torch.Tensor]:
+        """The teacher's tokenizer, and [its vocabulary] the student's id or -1, as it may have tokens of its own.
+
+        Raises:
+            ValueError: no model folder, a vocabulary that the student's was not cut from, or too many labels.
+        """
+        try:
+            teacher = load_tokenizer(Path(settings.teacher))
+        except ValueError as error:
+            raise ValueError(f"on_policy.teacher: {error}") from None
+        if other := difference(self.tokenizer, teacher, self.to_student.tolist()):
+            raise ValueError(
+                f"on_policy.teacher: {other}. Take the model that the student's vocabulary was cut from, or one that "
+                "was trained from it"
+            )
+        own = max(0, max(teacher.get_vocab().values()) + 1 - len(self.to_student))
+        to_student = torch.nn.functional.pad(self.to_student, (0, own), value=-1)
+        if settings.top_k >= (known := int((to_student >= 0).sum())):
+            raise ValueError(f"on_policy.top_k is {settings.top_k}, but the student knows {known} tokens: choose fewer")
+        return teacher, to_student
 
     def _answers(self, model: Any, asked: list[Example], settings: OnPolicy, phase: int) -> list[Answer]:
         """By the runtime that evaluates it, so that it answers as it will."""
@@ -106,7 +126,13 @@ class Sampler:
         return [answers[place] for place in range(len(asked))]
 
     def _of_use(
-        self, own: list[Example], answers: list[Answer], teacher: Any, settings: OnPolicy, phase: int
+        self,
+        own: list[Example],
+        answers: list[Answer],
+        teacher: Any,
+        to_student: np.ndarray,
+        settings: OnPolicy,
+        phase: int,
     ) -> list[Example]:
         kept: list[Example] = []
         left_out: Counter[str] = Counter()
@@ -119,7 +145,7 @@ class Sampler:
                 left_out["empty"] += 1
             elif NO_CHARACTER in example.text:
                 left_out["no UTF-8"] += 1
-            elif not np.array_equal(self.to_student.numpy()[theirs.input_ids], ours.input_ids):
+            elif not np.array_equal(to_student[theirs.input_ids], ours.input_ids):
                 left_out["other tokens for the teacher"] += 1
             else:
                 kept.append(example)

@@ -72,6 +72,14 @@ def test_labels_follow_their_rows(rows: Any) -> None:
     assert collate(rows(3, unlabelled_every=1)).top_ids.shape[1] == 0
 
 
+def test_reasoning_is_what_stands_before_the_answer(rows: Any) -> None:
+    chosen = [replace(row, answer_start=i * row.completion_tokens // 4) for i, row in enumerate(rows(5))]
+    pieces = collate(chosen).reasoning.split([row.completion_tokens for row in chosen])
+    for row, piece in zip(chosen, pieces, strict=True):
+        assert piece.dtype == torch.bool
+        assert piece.tolist() == [at < row.answer_start for at in range(row.completion_tokens)]
+
+
 @given(
     st.lists(st.integers(1, 300), max_size=80),
     st.integers(1, 5),

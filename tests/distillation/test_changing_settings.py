@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from q2t.config import Phase
+from q2t.config import Adapter, OnPolicy, Phase
 from q2t.distillation import loop
 
 PHASED = [Phase(epochs=1, alpha=1.0), Phase(epochs=1, learning_rate=0.002, schedule="cosine", share=0.5, alpha=0.0)]
@@ -37,6 +37,46 @@ def test_a_run_killed_inside_any_phase_goes_on_to_the_same_bytes(
     lines = [line.split(",") for line in whole[1].decode().splitlines()]
     assert lines[0] == [*loop.CURVE, *loop.MOVING]
     assert [(line[0], line[-2]) for line in lines[1:]] == [(str(i + 1), "1" if i < 6 else "2") for i in range(9)]
+
+
+OWN = Phase(epochs=2, on_policy=OnPolicy(teacher="t", max_new_tokens=9, batch_size=2, top_k=4))
+TRAINED = {
+    "lora": {"adapter": Adapter(kind="lora", rank=2, modules=["q_proj", "up_proj"])},
+    "ia3": {"adapter": Adapter(kind="ia3", modules=["k_proj", "down_proj"])},
+    "frozen and sparse": {"freeze": ["model.embed_tokens.*"], "sparsity": 0.01},
+    "own answers": {"phases": [Phase(epochs=1), OWN]},
+}
+
+
+@pytest.mark.parametrize("changes", TRAINED.values(), ids=TRAINED)
+def test_other_weights_and_other_rows_resume_to_the_same_bytes(
+    changes: Any,
+    run: Any,
+    model: Any,
+    rows: Any,
+    settings: Any,
+    compute: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kill_at: Any,
+) -> None:
+    """The own answers depend on the weights as the phase begins; asked again by another student, they would differ."""
+    asked = []
+
+    def sampler(network: Any, chosen: Any, on_policy: Any, phase: int) -> Any:
+        asked.append((phase, len(chosen)))
+        seed = int(network.model.layers[0].mlp.up_proj.weight.double().sum() * 1e6) % 2**31
+        return rows(10, seed=seed)
+
+    settings = settings.model_copy(update=changes)
+    whole = run(model, rows, settings, compute, tmp_path / "whole", save_every=1000, sampler=sampler)
+    accumulate = loop.accumulate
+    kill_at(8)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, rows, settings, compute, tmp_path / "killed", save_every=3, sampler=sampler)
+    monkeypatch.setattr(loop, "accumulate", accumulate)
+    assert run(model, rows, settings, compute, tmp_path / "killed", save_every=3, sampler=sampler) == whole
+    assert asked == ([(2, 22)] * 2 if "phases" in changes else [])
 
 
 def test_a_phase_starts_with_fresh_moments(

@@ -1,5 +1,6 @@
 """Labels belong to the tokens beside them, in the student's ids."""
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
+from hypothesis.extra.numpy import arrays
+from tokenizers import Tokenizer
 
 from q2t.distillation import labels
 from q2t.distillation.batches import collate
@@ -131,6 +133,7 @@ def test_a_smaller_student_gets_its_own_ids(model: Any, tokenizer: Any, examples
     for a, b in zip(plain, mapped, strict=True):
         assert (to_student[torch.tensor(a.input_ids).long()].numpy() == b.input_ids).all()
         assert (b.top_ids < len(student)).all()
+        assert b.answer_start == a.answer_start
         for ids, logprobs, tail, new_ids, new_logprobs, new_tail in zip(
             a.top_ids,
             a.top_logprobs,
@@ -150,6 +153,7 @@ def test_a_smaller_student_gets_its_own_ids(model: Any, tokenizer: Any, examples
                 after = np.exp(new_tail) + np.exp(float(new_logprobs[-1]))
                 np.testing.assert_allclose(after, before, atol=2e-3)
     assert dropped > 5
+    assert [row.answer_start > 0 for row in mapped] == [True] * 4 + [False]
 
 
 def test_a_wrong_map_names_the_row(model: Any, tokenizer: Any, examples: Any) -> None:
@@ -181,28 +185,40 @@ def test_parquet_keeps_everything_in_equal_bytes(rows: Any, tmp_path: Path) -> N
             assert len(a) == len(b) and (len(a) == 0 or (a.dtype == b.dtype and (a == b).all()))
 
 
-@given(arrays(np.uint16, array_shapes(min_dims=2, max_dims=2)), st.integers(0, 2**31 - 1))
-def test_parquet_keeps_every_bit_of_any_logprobs(patterns: np.ndarray, answer_start: int) -> None:
-    """In any order, infinities among them."""
-    tokens, k = patterns.shape
-    row = labels.Row(
-        "r",
-        "target",
-        "divider",
-        1.0,
-        np.arange(tokens + 1, dtype=np.int32),
-        1,
-        answer_start,
-        np.full((tokens, k), 70_000, np.int32),
-        patterns.view(np.float16),
-        np.full(tokens, -np.inf, np.float32),
-    )
+@st.composite
+def stored_rows(draw: st.DrawFn) -> tuple[int, list[labels.Row]]:
+    """k and rows, some without labels: log-probabilities of any bits, so in any order, equal or infinite."""
+    k, id_type = draw(st.integers(1, 6)), draw(st.sampled_from([np.uint16, np.int32]))
+    rows = []
+    for i in range(draw(st.integers(0, 5))):
+        tokens = draw(st.integers(1, 4))
+        given = {}
+        if draw(st.booleans()):
+            top = st.integers(0, np.iinfo(id_type).max)
+            given = {
+                "top_ids": draw(arrays(id_type, (tokens, k), elements=top)),
+                "top_logprobs": draw(arrays(np.uint16, (tokens, k))).view(np.float16),
+                "tail_logprob": draw(
+                    arrays(np.float32, tokens, elements=st.just(-np.inf) | st.floats(-50, 0, width=32))
+                ),
+            }
+        ids = np.arange(tokens + 1, dtype=np.int32)
+        rows.append(labels.Row(f"r{i}", "target", "divider", 1.0, ids, 1, draw(st.integers(0, tokens)), **given))
+    return k, rows
+
+
+@given(stored_rows())
+def test_parquet_keeps_every_bit(stored: tuple[int, list[labels.Row]]) -> None:
+    k, rows = stored
     with TemporaryDirectory() as folder:
-        labels.write(Path(folder) / "a", [row], top_k=k, teachers={})
-        (copy,) = labels.read(Path(folder) / "a")
-    assert copy.answer_start == answer_start and copy.top_logprobs.dtype == np.float16
-    assert np.array_equal(copy.top_logprobs.view(np.uint16), patterns)
-    assert np.array_equal(copy.top_ids, row.top_ids) and np.array_equal(copy.tail_logprob, row.tail_logprob)
+        labels.write(Path(folder) / "a", rows, top_k=k, teachers={})
+        copies = labels.read(Path(folder) / "a")
+    for row, copy in zip(rows, copies, strict=True):
+        assert (copy.id, copy.answer_start) == (row.id, row.answer_start)
+        for name in ("input_ids", "top_ids", "top_logprobs", "tail_logprob"):
+            a, b = getattr(row, name), getattr(copy, name)
+            assert len(a) == len(b) and a.tobytes() == b.tobytes()
+            assert len(a) == 0 or (a.dtype == b.dtype and a.shape == b.shape)
 
 
 def test_sorted_logprobs_take_less_than_their_own_size(rows: Any, tmp_path: Path) -> None:
@@ -229,6 +245,18 @@ def test_the_answer_begins_where_the_reasoning_ends(tokenizer: Any, examples: An
         follows = "<think>" in example.text and example.domain == "target"
         assert before == (example.text[: example.text.index("<answer>")] if follows else "")
     assert chosen[4].domain == "general"
+
+
+def test_a_token_across_the_border_is_reasoning(tokenizer: Any, examples: Any) -> None:
+    """As in SmolLM2's vocabulary, where `><` is one token of every target row."""
+    text = tokenizer()
+    state = json.loads(text.backend_tokenizer.to_str())
+    state["model"]["vocab"]["><"] = len(text)
+    state["model"]["merges"] = [[">", "<"]]
+    text._tokenizer = Tokenizer.from_str(json.dumps(state))
+    (row,) = labels.encode(text, examples(1))
+    completion = row.input_ids[row.prompt_length :]
+    assert text.decode(completion[row.answer_start - 1 : row.answer_start + 2]) == "><an"
 
 
 def test_parquet_without_any_labels(rows: Any, tmp_path: Path) -> None:

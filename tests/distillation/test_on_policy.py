@@ -228,5 +228,12 @@ def test_too_few_answers_of_use_are_refused_with_the_reasons(
 
 
 def test_a_teacher_of_other_tokens_is_refused(sampler_of: Any, settings_of: Any, student: Any, asked: Any) -> None:
-    with pytest.raises(ValueError, match=r"on_policy\.teacher: the student's vocabulary was cut from another one"):
+    with pytest.raises(ValueError, match=r"on_policy\.teacher: the student's token .* is another token"):
         sampler_of(range(VOCABULARY))(student(), asked, settings_of(), 1)
+
+
+def test_what_a_phase_needs_is_known_before_it_begins(sampler_of: Any, settings_of: Any) -> None:
+    with pytest.raises(ValueError, match="on_policy.teacher: nowhere is no model folder"):
+        sampler_of().teacher_map(settings_of(teacher="nowhere"))
+    with pytest.raises(ValueError, match=f"on_policy.top_k is 900, but the student knows {VOCABULARY} tokens"):
+        sampler_of().teacher_map(settings_of(top_k=900))
