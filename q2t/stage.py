@@ -48,7 +48,7 @@ def root() -> Path:
 
 
 def is_main() -> bool:
-    """Whether this is the one process that publishes and tracks; `accelerate launch` numbers those that it starts."""
+    """Whether this is the one process that publishes and tracks; torchrun numbers those that it starts."""
     return os.environ.get("RANK", "0") == "0"
 
 

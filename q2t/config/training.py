@@ -1,0 +1,185 @@
+"""How a model is trained: the sections distill and prune, and what specialize shares with them."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A closed section: a key that is not declared here is an error, and "3" is no number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Optimizer(Section):
+    epochs: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    """Rows per optimiser step."""
+    warmup: float = Field(ge=0, lt=1)
+    """Share of the steps; linear decay to zero follows."""
+    weight_decay: float = Field(ge=0)
+
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+Domain = Literal["target", "general"]
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+class Adapter(Section):
+    """Few trained weights beside frozen ones, merged into them at the end."""
+
+    kind: Literal["lora", "ia3"]
+    rank: int = Field(default=16, gt=0)
+    """Of LoRA."""
+    alpha: int = Field(default=32, gt=0)
+    """Of LoRA: what the adapter adds is scaled by alpha / rank."""
+    modules: list[str] = Field(min_length=1)
+    """Names of the linear modules that get one, such as q_proj."""
+
+    @model_validator(mode="after")
+    def _ia3_has_no_size(self) -> "Adapter":
+        if self.kind == "ia3" and (given := self.model_fields_set & {"rank", "alpha"}):
+            raise ValueError(f"ia3 has no {' and no '.join(sorted(given))}: leave it out, or take lora")
+        return self
+
+
+LayerPair = Annotated[list[int], Field(min_length=2, max_length=2)]
+"""A student layer, and the teacher layer that it imitates."""
+
+
+class Online(Section):
+    """A teacher that is run beside the student, and what of it is learnt apart from stored labels."""
+
+    teacher: str
+    """A model folder."""
+    hidden: list[LayerPair] = []
+    """Pairs of layers whose hidden states are compared; layer 0 is the embeddings."""
+    distance: Literal["mse", "cosine"] = "cosine"
+    """Of hidden states."""
+    hidden_weight: float = Field(default=1.0, gt=0)
+    attention: list[LayerPair] = []
+    """Pairs of layers whose attention maps are compared."""
+    attention_weight: float = Field(default=1.0, gt=0)
+    spans: Literal["matched", "uld"] | None = None
+    """Loss over spans of equal text, for a teacher with another tokenizer; see `distillation.span_losses`."""
+    spans_weight: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> "Online":
+        if not (self.hidden or self.attention or self.spans):
+            raise ValueError("nothing is learnt from this teacher: give hidden, attention or spans, or leave it out")
+        if self.spans and (self.hidden or self.attention):
+            raise ValueError(
+                "spans is for a teacher of another tokenizer, whose hidden states and attention maps belong to other "
+                "tokens: leave out spans, or hidden and attention"
+            )
+        return self
+
+
+class OnPolicy(Section):
+    """The student answers the rows' questions itself, and learns what a teacher says of its answers (GKD, arXiv
+    2306.13649): sampled once, as the phase begins."""
+
+    teacher: str
+    """A model folder; the teacher has the student's tokens, or more."""
+    temperature: float = Field(default=1.0, gt=0)
+    max_new_tokens: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    """Of sampling."""
+    top_k: int = Field(gt=0)
+    """Tokens that a label keeps, as in `label`."""
+
+
+class Phase(Section):
+    """What a part of a training run does otherwise than its section says; a key that is not given stays."""
+
+    epochs: int | None = Field(default=None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
+    schedule: Schedule | None = None
+    warmup: float | None = Field(default=None, ge=0, lt=1)
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    temperature: float | None = Field(default=None, gt=0)
+    divergence: Divergence | None = None
+    beta: float | None = Field(default=None, gt=0, lt=1)
+    domains: list[Domain] | None = Field(default=None, min_length=1)
+    share: float | None = Field(default=None, gt=0, le=1)
+    teacher_only: list[Domain] | None = None
+    balance: bool | None = None
+    curriculum: float | None = None
+    reasoning: float | None = Field(default=None, gt=0)
+    sparsity: float | None = Field(default=None, ge=0)
+    online: Literal[False] | None = None
+    """False leaves the section's online teacher out."""
+    on_policy: OnPolicy | Literal[False] | None = None
+    """False leaves the section's out: the phase learns from the rows' own answers."""
+
+
+class Distill(Optimizer):
+    seed: int
+    """Of the rows' order; apart from the run's own, so that a spread over seeds trains again and nothing else."""
+    alpha: float = Field(ge=0, le=1)
+    """Weight of the distillation loss; the task loss has 1 - alpha."""
+    temperature: float = Field(gt=0)
+    divergence: Divergence
+    """What the distillation loss is of teacher and student; see `distillation.losses.divergence`."""
+    beta: float = Field(gt=0, lt=1)
+    """The teacher's share in jsd's mixture; the other divergences have none."""
+    schedule: Schedule
+    """Of the learning rate after the warm-up."""
+    spike_factor: float | None = Field(gt=1)
+    """A step whose gradient's norm is above so many times the running median is skipped; null skips none."""
+    domains: list[Domain] = Field(min_length=1)
+    """Whose rows are learnt from."""
+    share: float = Field(gt=0, le=1)
+    """Of these rows."""
+    teacher_only: list[Domain]
+    """Domains whose rows are learnt from the teacher's labels alone: those of prompts that nobody can check."""
+    balance: bool
+    """Whether distillation is scaled to cross-entropy's size as training goes; see `distillation.weighting`."""
+    curriculum: float
+    """Above 0, rows count less the better they are learnt; below 0, the further off they are; 0 is off."""
+    reasoning: float = Field(gt=0)
+    """What a token of the reasoning counts against one of the answer (Distilling Step-by-Step, arXiv 2305.02301)."""
+    sparsity: float = Field(ge=0)
+    """Strength of an L1 penalty on feed-forward neurons, for a later cut; see `distillation.adapters.shrink`."""
+    adapter: Adapter | None
+    """null trains the weights themselves."""
+    freeze: list[str]
+    """Parameters that stay as they are: patterns of their names, such as "model.embed_tokens.*"."""
+    online: Online | None
+    """null learns from stored labels alone."""
+    on_policy: OnPolicy | None
+    """null learns from the rows' own answers."""
+    phases: list[Phase]
+    """One after the other, each with warm-up and optimiser state of its own; none is one phase of this section's."""
+
+    @model_validator(mode="after")
+    def _phases_fit_their_teachers(self) -> "Distill":
+        for number, phase in enumerate(self.in_phases(), 1):
+            if phase.online and phase.on_policy:
+                raise ValueError(
+                    f"phase {number} is on_policy and has an online teacher, which knows the rows' own answers only: "
+                    "give it online: false"
+                )
+            if phase.online and (phase.reasoning != 1 or phase.curriculum):
+                raise ValueError(
+                    f"phase {number} has an online teacher, whose terms reasoning and curriculum would not weight: "
+                    "leave these at 1.0 and 0.0 there"
+                )
+        return self
+
+    def in_phases(self) -> "list[Distill]":
+        """The settings of each phase."""
+        settings = []
+        for phase in self.phases or [Phase()]:
+            given = {key: value for key, value in phase if value is not None}
+            left_out = {key: None for key in ("online", "on_policy") if given.get(key) is False}
+            settings.append(self.model_copy(update=given | left_out))
+        return settings
+
+
+class Prune(Distill):
+    intermediate: int = Field(gt=0)
+    """Feed-forward width after the cut."""
+    calibration_rows: int = Field(gt=0)
