@@ -59,6 +59,8 @@ def fetch(name: str, source: Source, target: Path, corpus: Sequence[str] = ()) -
             model, tokenizer = random_model(source.scratch, corpus)
         if tokenizer.chat_template is None:
             raise ValueError("the model has no chat template; take its instruction-tuned version")
+        model = _text_only(model)
+        _end_with_the_turn(model, tokenizer)
     except ValueError as error:
         raise ValueError(f"sources.{name}: {error}") from None
     save_model(model, tokenizer, target)
@@ -122,6 +124,34 @@ def _from_hub(pinned: str) -> tuple[Any, Any]:
             f"hub {pinned!r} can't be downloaded: {reason} Check the name, the network, and `hf auth login`"
         ) from None
     return load_model(Path(folder), dtype="auto"), load_tokenizer(Path(folder))
+
+
+def _text_only(model: Any) -> Any:
+    """A model of texts and images (gemma-3-4b) without its vision tower."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    text = model.config.get_text_config()
+    if text is model.config:
+        return model
+    text.dtype = model.dtype
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(text)
+    plain.model, plain.lm_head = model.get_decoder(), model.get_output_embeddings()
+    plain.generation_config = model.generation_config
+    plain.tie_weights()
+    return plain.eval()
+
+
+def _end_with_the_turn(model: Any, tokenizer: Any) -> None:
+    """Let a text end where the template ends an answer: gemma's eos is another token than its <end_of_turn>."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "An answer"}]
+    answered = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("An answer")[2]
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [index for index in tokenizer(answered, add_special_tokens=False).input_ids if index in special]
+    if ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+        model.config.eos_token_id = model.generation_config.eos_token_id = ends[0]
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

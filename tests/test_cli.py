@@ -83,6 +83,7 @@ distill: &distill
   curriculum: 0.0
   reasoning: 1.0
   sparsity: 0.0
+  gradient_checkpointing: false
   adapter: null
   freeze: []
   online: null

@@ -1,7 +1,7 @@
 """HOW a model gets small: its vocabulary, its depth and its width.
 
-Every cut works in place on a `LlamaForCausalLM` and leaves uniform shapes and a matching config, so that what
-`save_pretrained` writes loads anywhere. A cut to the full size changes no bit.
+Every cut works in place on a `LlamaForCausalLM`, or a Qwen3 or Gemma3 one, and leaves uniform shapes and a matching
+config, so that what `save_pretrained` writes loads anywhere. A cut to the full size changes no bit.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,8 +41,12 @@ def calibrate(
     tokens = 0
     real = torch.empty(0)
 
-    def show(index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _, inputs, output: observe(index, inputs[0][real], output[real])
+    def show(index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            left = output[0] if isinstance(output, tuple) else output  # gemma's blocks give a tuple
+            observe(index, inputs[0][real], left[real])
+
+        return hook
 
     handles = [module.register_forward_hook(show(index)) for index, module in enumerate(modules)]
     training = model.training

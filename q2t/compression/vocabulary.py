@@ -1,4 +1,6 @@
-"""Vocabulary: a byte-level BPE tokenizer cut to what the training texts use, and the embeddings to match.
+"""Vocabulary: a BPE tokenizer cut to what the training texts use, and the embeddings to match.
+
+Byte-level ones (SmolLM2, Qwen, Llama 3) and those with byte fallback (gemma): both can write any text by its bytes.
 
 Why segmentation survives: BPE always applies the applicable merge of lowest rank. The student's merges are a
 subset of the teacher's that holds every merge the training texts make, so at each step the teacher's choice
@@ -33,7 +35,7 @@ class Trimmed(NamedTuple):
 
 
 def trim(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], size: int) -> Trimmed:
-    """Cut a byte-level BPE tokenizer to at most `size` tokens without re-segmenting the texts.
+    """Cut a BPE tokenizer to at most `size` tokens without re-segmenting the texts.
 
     Kept are all added tokens, all byte tokens, every token that the texts use, and every token on the way to
     these by the merges; then, in the order of the merges, further tokens with theirs as long as they fit. Ids
@@ -43,15 +45,11 @@ def trim(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], size: int) 
         texts: complete training texts, chat template included; encoded without adding special tokens.
 
     Raises:
-        ValueError: the tokenizer is no byte-level BPE, more than `size` tokens are needed, or a text came out
+        ValueError: the tokenizer is no BPE over bytes, more than `size` tokens are needed, or a text came out
             segmented in another way.
     """
-    from tokenizers.pre_tokenizers import ByteLevel
-
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    if state["model"]["type"] != "BPE" or '"ByteLevel"' not in json.dumps(state["pre_tokenizer"]):
-        kind = state["model"]["type"]
-        raise ValueError(f"tokenizer: {kind} is no byte-level BPE; choose a model that has one")
+    every_byte = _bytes(state)
     texts = list(texts)
     vocabulary = tokenizer.get_vocab()
     names = {index: token for token, index in vocabulary.items()}
@@ -59,7 +57,7 @@ def trim(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], size: int) 
 
     used = {names[index] for ids in _encode(tokenizer, texts) for index in ids}
     tokens = {added["content"] for added in state["added_tokens"]}
-    tokens |= {token for token in [*ByteLevel.alphabet(), state["model"]["unk_token"]] if token in vocabulary}
+    tokens |= {token for token in [*every_byte, state["model"]["unk_token"]] if token in vocabulary}
     for token in used - tokens:
         tokens |= _derivation(token, ranks)
     if len(tokens) > size:
@@ -129,18 +127,33 @@ def slice_embeddings(model: "LlamaForCausalLM", kept: Sequence[int]) -> "LlamaFo
     return model
 
 
+def _bytes(state: dict[str, Any]) -> list[str]:
+    """The tokens that stand for bytes, by the tokenizer's JSON."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    model = state["model"]
+    if model["type"] == "BPE" and model["byte_fallback"]:
+        return [f"<0x{byte:02X}>" for byte in range(256)]
+    if model["type"] == "BPE" and '"ByteLevel"' in json.dumps(state["pre_tokenizer"]):
+        return ByteLevel.alphabet()
+    kind = model["type"]
+    raise ValueError(
+        f"tokenizer: {kind} is no byte-level BPE, nor BPE with byte fallback; choose a model that has one of these"
+    )
+
+
 def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def _derivation(token: str, ranks: dict[Merge, int]) -> set[str]:
-    """The token and every token that arises while BPE builds it alone.
+    """The token and every token that arises while BPE builds it alone, its characters first.
 
     Inside a text it is built in the same way, since no merge reaches over the edge of a final token. A token
     that the merges don't build (possible where whole words are looked up first, `ignore_merges`) needs only
     itself.
     """
-    parts, made = list(token), {token}
+    parts, made = list(token), {token, *token}
     while len(parts) > 1:
         rank, place = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(parts)))
         if rank == len(ranks):

@@ -127,6 +127,8 @@ class Capability(Section):
 
 
 class Specialize(Optimizer):
+    epochs: int = Field(ge=0)
+    """0 for a source that is an expert already: it is the teacher as it is."""
     source: str
     """Name in `sources`."""
 
@@ -134,6 +136,8 @@ class Specialize(Optimizer):
 class Teacher(Section):
     model: str
     """A model folder, or the folder of a pointer to an endpoint."""
+    system: str = ""
+    """System prompt of a model folder, for a model that was never taught the answer format; a pointer has its own."""
     prompts: Literal["questions", "general", "general_test", "lessons"]
     """Which prompts it answers; to lessons its answers are the worked solutions."""
     samples: int = Field(gt=0)

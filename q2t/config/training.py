@@ -143,6 +143,9 @@ class Distill(Optimizer):
     """What a token of the reasoning counts against one of the answer (Distilling Step-by-Step, arXiv 2305.02301)."""
     sparsity: float = Field(ge=0)
     """Strength of an L1 penalty on feed-forward neurons, for a later cut; see `distillation.adapters.shrink`."""
+    gradient_checkpointing: bool
+    """Whether activations inside a block are computed again for the gradient and not kept: a third more time, and the
+    memory of long rows."""
     adapter: Adapter | None
     """null trains the weights themselves."""
     freeze: list[str]

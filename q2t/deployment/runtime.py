@@ -126,11 +126,17 @@ class Runtime:
         self.tokenizer = load_tokenizer(folder)
         self.engine = (OnnxEngine if (folder / ONNX_FILE).exists() else TorchEngine)(folder, compute)
 
-    def prompt(self, question: str) -> str:
+    def prompt(self, question: str, system: str = "") -> str:
         """The question in the model's chat template, up to where the answer begins."""
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
+        turns = [{"role": "system", "content": system}] if system else []
+        turns.append({"role": "user", "content": question})
+        prompt: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return prompt
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids. A template writes all special tokens itself: a tokenizer that adds <bos> would write it twice."""
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        return ids
 
     def generate(
         self,
@@ -154,7 +160,7 @@ class Runtime:
         Yields:
             For each batch, the rows' places in `requests` with their answers.
         """
-        lengths = [len(self.tokenizer(r.prompt).input_ids) for r in requests]
+        lengths = [len(ids) for ids in self._ids([r.prompt for r in requests])]
         order = sorted(range(len(requests)), key=lambda i: (-lengths[i], i))
         with tqdm(total=len(requests), desc=describe, unit="answer", dynamic_ncols=True) as bar:
             for start in range(0, len(order), batch_size):
@@ -167,8 +173,8 @@ class Runtime:
     @torch.inference_mode()
     def bits(self, prompt: str, text: str, *, stops: bool) -> float:
         """Bits that the model needs to write `text` after `prompt`, and to stop there if the text does."""
-        before = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        written = self.tokenizer(text, add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id] * stops
+        before, text_ids = self._ids([prompt, text])
+        written = text_ids + [self.tokenizer.eos_token_id] * stops
         logits = self.engine.logits(torch.tensor([before + written]))[len(before) - 1 : -1]
         targets = torch.tensor(written, dtype=torch.long)  # a text that was cut may be empty
         nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
@@ -191,7 +197,7 @@ class Runtime:
             for row, token in step.items():
                 tokens[row].append(token)
         end = self.tokenizer.eos_token_id
-        prompts = self.tokenizer([r.prompt for r in requests]).input_ids
+        prompts = self._ids([r.prompt for r in requests])
         return [
             Answer(
                 text=self.tokenizer.decode(row, skip_special_tokens=True),
@@ -234,9 +240,9 @@ class Runtime:
         """
         distinct = list({r.prompt: r for r in requests}.values())
         shared = list(dict.fromkeys(r.shared for r in distinct))
-        heads = self.tokenizer(shared).input_ids
+        heads = self._ids(shared)
         head = torch.tensor([shared.index(r.shared) for r in distinct])
-        prompts = self.tokenizer([r.prompt for r in distinct]).input_ids
+        prompts = self._ids([r.prompt for r in distinct])
         begins = [heads[place] for place in head.tolist()]
         assert all(ids[: len(begin)] == begin for ids, begin in zip(prompts, begins, strict=True))
         rests = [ids[len(begin) :] for ids, begin in zip(prompts, begins, strict=True)]

@@ -191,8 +191,8 @@ def write(path: Path, rows: Sequence[Row], *, top_k: int, teachers: dict[str, st
     """Publish rows as Parquet; equal rows give equal bytes.
 
     Log-probabilities fall from one entry to the next, and so do the bit patterns of a float16 rise: stored are their
-    steps, `np.diff` of the patterns as uint16, in two streams of bytes. That is less than half of what the values
-    themselves take.
+    steps, `np.diff` of the patterns as uint16. They and the ids lie in streams of bytes, first bytes apart from second
+    ones: for steps less than half of what the values themselves take.
 
     Args:
         teachers: name to fingerprint of those that labelled, kept in the schema's metadata beside top_k.
@@ -222,8 +222,8 @@ def write(path: Path, rows: Sequence[Row], *, top_k: int, teachers: dict[str, st
         partial,
         compression="zstd",
         row_group_size=1024,
-        use_dictionary=["id", "domain", "family", "input_ids.list.element", "top_ids.list.element.list.element"],
-        column_encoding={f"{STEPS}.list.element.list.element": "BYTE_STREAM_SPLIT"},
+        use_dictionary=["id", "domain", "family", "input_ids.list.element"],
+        column_encoding={f"{name}.list.element.list.element": "BYTE_STREAM_SPLIT" for name in ("top_ids", STEPS)},
     )
     os.replace(partial, path)
 

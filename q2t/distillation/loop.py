@@ -21,7 +21,7 @@ from q2t.distillation.online import OnlineTeacher, modules
 
 CURVE = ("step", "loss", "cross_entropy", "kl", "learning_rate", "gradient_norm")
 MOVING = ("weighted_cross_entropy", "weighted_kl", "phase", "skipped")
-ONLINE = ("hidden", "attention", "spans", "weighted_online")
+ONLINE = ("hidden", "attention", "spans", "numerals", "weighted_online")
 SPARSE = ("sparsity",)
 """Columns of the curve: always CURVE, and the others where the run has what they show."""
 WINDOW = 50
@@ -29,7 +29,7 @@ WINDOW = 50
 FEWEST = 10
 """Steps of a phase before any is skipped."""
 
-Sampler = Callable[[Any, list[Row], OnPolicy, int], list[Row]]
+Sampler = Callable[[Any, list[Row], OnPolicy, int, Path], list[Row]]
 """The student's own answers to the questions of rows, with a teacher's labels; see `on_policy`."""
 
 
@@ -44,6 +44,7 @@ class Losses(NamedTuple):
     hidden: float
     attention: float
     spans: float
+    numerals: float
     weighted_online: float
 
 
@@ -92,6 +93,8 @@ def train(
         # attention has no maps.
         model.set_attn_implementation("eager")
     model.to(device, torch.float32).train()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.adapter:
         adapters.adapt(model, settings.adapter, seed)
     adapters.freeze(model, settings.freeze)
@@ -115,9 +118,8 @@ def train(
         kept = checkpoints / f"answers-{number}.parquet"
         if accelerator.is_main_process and not kept.exists():
             assert phase.on_policy and sampler, "the stage gives a sampler where a phase is on policy"
-            labels.write(
-                kept, sampler(model, chosen, phase.on_policy, number), top_k=phase.on_policy.top_k, teachers={}
-            )
+            own = sampler(model, chosen, phase.on_policy, number, kept.with_suffix(".jsonl"))
+            labels.write(kept, own, top_k=phase.on_policy.top_k, teachers={})
         accelerator.wait_for_everyone()
         return labels.read(kept)
 
@@ -158,6 +160,7 @@ def train(
     if settings.adapter:
         adapters.merge(model)
     model.requires_grad_(True)
+    model.gradient_checkpointing_disable()
     model.set_attn_implementation(attention)
     if accelerator.is_main_process:
         _write_curve(curve, settings, lines)
@@ -218,7 +221,7 @@ def accumulate(
             if teacher:
                 beside = teacher.loss(model, states, micro, batch)
                 total = total + beside.total
-                values += [beside.hidden.item(), beside.attention.item(), beside.spans.item(), beside.total.item()]
+                values += [term.item() for term in (*beside[1:], beside.total)]
                 values[0] = total.item()
             else:
                 values += [0.0] * (len(sums) - len(values))
@@ -286,6 +289,7 @@ def _line(
         "hidden": losses.hidden,
         "attention": losses.attention,
         "spans": losses.spans,
+        "numerals": losses.numerals,
         "weighted_online": losses.weighted_online,
         "sparsity": penalty,
     }

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from q2t.config import Compute, OnPolicy
-from q2t.deployment.runtime import Answer, Request, load
+from q2t.deployment.runtime import Request, load
 from q2t.distillation.adapters import merge
 from q2t.distillation.alignment import difference
 from q2t.distillation.labels import Row, encode, label
-from q2t.records import Example, content_id
+from q2t.records import Completion, Example, content_id
 from q2t.sources import load_model, load_tokenizer, save_model
+from q2t.teachers.journal import Journal
 
 logger = logging.getLogger(__name__)
 FEWEST = 0.5
@@ -47,7 +48,7 @@ class Sampler:
         self.seed = seed
         self.compute = compute
 
-    def __call__(self, model: Any, rows: Sequence[Row], settings: OnPolicy, phase: int) -> list[Row]:
+    def __call__(self, model: Any, rows: Sequence[Row], settings: OnPolicy, phase: int, journal: Path) -> list[Row]:
         """One labelled answer to each question of the rows, in the order and with the weight of its first row.
 
         Left out are answers that were cut, empty ones, and those whose labels would sit beside tokens that the student
@@ -58,6 +59,8 @@ class Sampler:
         Args:
             model: the student, with adapters or without; comes back as it was.
             phase: its number; another one draws other answers.
+            journal: a file of this run and phase alone, where answers are as soon as they are given: a run that is
+                killed and comes again to this phase, with the same student, does not ask for them again.
 
         Raises:
             ValueError: fewer than half of the answers are of use; says why. Or the teacher is no model folder, or has
@@ -67,7 +70,7 @@ class Sampler:
         asked: dict[str, Example] = {}
         for row in rows:
             asked.setdefault(self.examples[row.id].problem_id, self.examples[row.id])
-        answers = self._answers(model, list(asked.values()), settings, phase)
+        answers = self._answers(model, list(asked.values()), settings, phase, Journal(journal))
         own = [
             example.model_copy(update={"id": content_id(problem, phase, answer.text), "text": answer.text})
             for (problem, example), answer in zip(asked.items(), answers, strict=True)
@@ -104,7 +107,9 @@ class Sampler:
             raise ValueError(f"on_policy.top_k is {settings.top_k}, but the student knows {known} tokens: choose fewer")
         return teacher, to_student
 
-    def _answers(self, model: Any, asked: list[Example], settings: OnPolicy, phase: int) -> list[Answer]:
+    def _answers(
+        self, model: Any, asked: list[Example], settings: OnPolicy, phase: int, journal: Journal
+    ) -> list[Completion]:
         """By the runtime that evaluates it, so that it answers as it will."""
         if hasattr(model, "peft_config"):
             model = copy.deepcopy(model)  # the adapters are trained on
@@ -112,23 +117,37 @@ class Sampler:
         with tempfile.TemporaryDirectory() as folder:
             save_model(model, self.tokenizer, Path(folder) / "student")
             student = load(Path(folder) / "student", self.compute)
+            keys = [content_id(self.seed, phase, example.problem_id) for example in asked]
             requests = [
-                Request(student.prompt(e.question), int(content_id(self.seed, phase, e.problem_id), 16)) for e in asked
+                Request(student.prompt(example.question), int(key, 16))
+                for example, key in zip(asked, keys, strict=True)
             ]
             batches = student.generate(
                 requests,
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 batch_size=settings.batch_size,
+                finished={place for place, key in enumerate(keys) if key in journal.rows},
                 describe=f"phase {phase}, own answers",
             )
-            answers = dict(pair for batch in batches for pair in batch)
-        return [answers[place] for place in range(len(asked))]
+            for batch in batches:
+                journal.append(
+                    Completion(
+                        id=keys[place],
+                        problem_id=asked[place].problem_id,
+                        teacher="the student",
+                        sample=0,
+                        settings={},
+                        **vars(answer),
+                    )
+                    for place, answer in batch
+                )
+        return [journal.rows[key] for key in keys]
 
     def _of_use(
         self,
         own: list[Example],
-        answers: list[Answer],
+        answers: list[Completion],
         teacher: Any,
         to_student: np.ndarray,
         settings: OnPolicy,

@@ -25,6 +25,8 @@ class OnlineTerms(NamedTuple):
     hidden: Tensor
     attention: Tensor
     spans: Tensor
+    numerals: Tensor
+    """What of `spans` comes from those with a numeral, where tokenizers differ most."""
 
 
 class OnlineTeacher:
@@ -102,7 +104,7 @@ class OnlineTeacher:
         teacher_batch = collate(teacher_rows).to(device)
         theirs = features.teacher_states(self.model.to(device), teacher_batch, *self._layers(1))
         zero = torch.zeros((), dtype=torch.promote_types(states.last.dtype, torch.float32), device=states.last.device)
-        terms = OnlineTerms(zero, zero, zero, zero)
+        terms = OnlineTerms(zero, zero, zero, zero, zero)
         if settings.hidden:
             values = features.hidden_loss(states.hidden, theirs.hidden, self.projections, settings.distance)
             terms = _with(terms, "hidden", values, batch.weights, settings.hidden_weight)
@@ -121,6 +123,7 @@ class OnlineTeacher:
                 matched = span_losses.matched_loss(ours, teacher, spans, chunk)
                 values = matched.kl + matched.uld
             terms = _with(terms, "spans", values, spans.weights, settings.spans_weight)
+            terms = terms._replace(numerals=values.detach()[spans.numeral].sum())
         return terms
 
     def _layers(self, side: int) -> tuple[list[int], list[int]]:

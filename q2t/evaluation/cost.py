@@ -101,7 +101,7 @@ def _ask(runtime: "Runtime", question: str) -> tuple[float, float]:
 
     with torch.inference_mode():
         start = time.perf_counter()
-        ids = runtime.tokenizer(runtime.prompt(question), return_tensors="pt").input_ids
+        ids = runtime.tokenizer(runtime.prompt(question), add_special_tokens=False, return_tensors="pt").input_ids
         mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1])[None]
         logits, past = runtime.engine(ids, mask, positions, None)
         ids = logits.argmax(-1)[:, None]

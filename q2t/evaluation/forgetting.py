@@ -8,7 +8,15 @@ def bits_per_byte(runtime: Runtime, problems: list[Problem], references: list[Co
     """Bits per UTF-8 byte that the model needs for the base model's own answers to the general test prompts.
 
     Bytes and not tokens, so that models with different vocabularies compare.
+
+    Raises:
+        ValueError: the base model wrote nothing.
     """
+    if not any(reference.text for reference in references):
+        raise ValueError(
+            "teachers.reference: none of its answers has any text, so that forgetting can't be measured: "
+            "take a model that answers in its chat template, or raise max_new_tokens"
+        )
     questions = {problem.id: problem.question for problem in problems}
     bits = size = 0.0
     for reference in references:

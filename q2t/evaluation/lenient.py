@@ -84,9 +84,9 @@ def requests(
         shown = str(tokenizer.apply_chat_template(turns, tokenize=False)) if turns else ""
         turns.append({"role": "user", "content": problem.question})
         prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        begin = tokenizer(shown).input_ids
+        begin, whole = tokenizer([shown, prompt], add_special_tokens=False).input_ids
         # A template may end the last turn in another way than those before it, or a token may reach into the next turn.
-        rendered.append(Request(prompt, shared=shown if tokenizer(prompt).input_ids[: len(begin)] == begin else ""))
+        rendered.append(Request(prompt, shared=shown if whole[: len(begin)] == begin else ""))
     return rendered
 
 

@@ -21,7 +21,8 @@ def answers(
     folder = Path(teacher.model)
     runtime = load(folder, compute)
     model = fingerprint(folder)
-    template = content_id(runtime.tokenizer.chat_template)
+    around = [runtime.tokenizer.chat_template] + [teacher.system] * bool(teacher.system)
+    template = content_id(*around)
     sampling = teacher.model_dump(include={"temperature", "top_p", "max_new_tokens", "batch_size"})
     sampling |= compute.model_dump()
     keyed = []
@@ -29,7 +30,7 @@ def answers(
         for sample in range(teacher.samples):
             key, settings = completion_key(name, model, template, sampling, problem.id, sample, seed)
             keyed.append((key, settings, problem, sample))
-    requests = [Request(runtime.prompt(problem.question), int(key, 16)) for key, _, problem, _ in keyed]
+    requests = [Request(runtime.prompt(problem.question, teacher.system), int(key, 16)) for key, _, problem, _ in keyed]
     batches = runtime.generate(
         requests,
         max_new_tokens=teacher.max_new_tokens,

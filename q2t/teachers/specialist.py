@@ -11,6 +11,7 @@ from q2t.records import Problem
 MICRO_BATCH = 4
 """Rows that go through the model at once. A step adds up several such groups, each of rows near in length, so that
 little is padding and yet a step sees several families."""
+CURVE = ("step", "loss", "learning_rate", "gradient_norm")
 LOG_EVERY = 5
 """Steps that a row of the loss curve is the average of; the last row is of those left over."""
 
@@ -37,7 +38,7 @@ def specialize(
         save_every: steps between checkpoints.
 
     Returns:
-        The model, and the loss curve as rows of step, loss, learning_rate and gradient_norm.
+        The model, and the loss curve as rows of CURVE.
     """
     from datasets import Dataset
     from torch.nn.functional import cross_entropy
@@ -81,16 +82,23 @@ def specialize(
                 logits = model.lm_head(hidden[learnt]).float()
                 return cross_entropy(logits, labels[learnt], reduction="sum") / num_items_in_batch
 
-    rows = [
-        {
-            "prompt": tokenizer.apply_chat_template(
-                [{"role": "user", "content": lesson.question}], tokenize=False, add_generation_prompt=True
-            ),
-            "completion": lesson.solution + tokenizer.eos_token,
-        }
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": lesson.question}], tokenize=False, add_generation_prompt=True
+        )
         for lesson in lessons
     ]
-    lengths = [len(tokenizer(row["prompt"] + row["completion"]).input_ids) for row in rows]
+    # Not by the trainer: a tokenizer that begins every text with <bos> would write a second one behind the template's.
+    asked = tokenizer(prompts, add_special_tokens=False).input_ids
+    solved = tokenizer([lesson.solution for lesson in lessons], add_special_tokens=False).input_ids
+    rows = [
+        {
+            "input_ids": [*prompt, *solution, tokenizer.eos_token_id],
+            "completion_mask": [0] * len(prompt) + [1] * (len(solution) + 1),
+        }
+        for prompt, solution in zip(asked, solved, strict=True)
+    ]
+    lengths = [len(row["input_ids"]) for row in rows]
     micro = max(n for n in range(1, MICRO_BATCH + 1) if settings.batch_size % n == 0)
     # One pass over this order is all epochs: in each, micro-batches of rows near in length, in steps that mix them.
     groups = [
@@ -140,12 +148,7 @@ def specialize(
     )
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     curve = [
-        {
-            "step": entry["step"],
-            "loss": entry["loss"],
-            "learning_rate": entry["learning_rate"],
-            "gradient_norm": entry["grad_norm"],
-        }
+        dict(zip(CURVE, (entry[key] for key in ("step", "loss", "learning_rate", "grad_norm")), strict=True))
         for entry in trainer.state.log_history
         if "loss" in entry
     ]

@@ -113,6 +113,7 @@ SETTINGS = Distill(
     curriculum=0.0,
     reasoning=1.0,
     sparsity=0.0,
+    gradient_checkpointing=False,
     adapter=None,
     freeze=[],
     online=None,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from q2t.config import Adapter, OnPolicy, Phase
 from q2t.distillation import loop
@@ -63,7 +64,7 @@ def test_other_weights_and_other_rows_resume_to_the_same_bytes(
     """The own answers depend on the weights as the phase begins; asked again by another student, they would differ."""
     asked = []
 
-    def sampler(network: Any, chosen: Any, on_policy: Any, phase: int) -> Any:
+    def sampler(network: Any, chosen: Any, on_policy: Any, phase: int, journal: Path) -> Any:
         asked.append((phase, len(chosen)))
         seed = int(network.model.layers[0].mlp.up_proj.weight.double().sum() * 1e6) % 2**31
         return rows(10, seed=seed)
@@ -77,6 +78,19 @@ def test_other_weights_and_other_rows_resume_to_the_same_bytes(
     monkeypatch.setattr(loop, "accumulate", accumulate)
     assert run(model, rows, settings, compute, tmp_path / "killed", save_every=3, sampler=sampler) == whole
     assert asked == ([(2, 22)] * 2 if "phases" in changes else [])
+
+
+def test_activations_that_are_computed_again_change_nothing(
+    run: Any, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda *given: (passes.append(1), forward(*given))[1])
+    kept = run(model, rows, settings, compute, tmp_path / "kept")
+    once = len(passes)
+    again = settings.model_copy(update={"gradient_checkpointing": True})
+    assert run(model, rows, again, compute, tmp_path / "again") == kept
+    assert len(passes) - once == 2 * once
 
 
 def test_a_phase_starts_with_fresh_moments(

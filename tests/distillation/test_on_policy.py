@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import re
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from q2t.config import Adapter, OnPolicy
+from q2t.deployment.runtime import Runtime
 from q2t.distillation import adapters, labels, on_policy
 from q2t.records import content_id
 from q2t.sources import save_model
@@ -57,9 +59,17 @@ def settings_of(model: Any, tokenizer: Any, tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def sampler_of(tokenizer: Any, examples: Any, compute: Any) -> Any:
-    def make(to_student: Any = (2, 1, 0, *range(3, VOCABULARY)), seed: int = 3, given: Any = None) -> on_policy.Sampler:
-        return on_policy.Sampler(tokenizer(), to_student, given or examples(QUESTIONS), seed=seed, compute=compute)
+def sampler_of(tokenizer: Any, examples: Any, compute: Any, tmp_path: Path) -> Any:
+    journals = (tmp_path / f"answers-{n}.jsonl" for n in count())
+
+    class Asking(on_policy.Sampler):
+        """With a journal of its own each time, unless one is given."""
+
+        def __call__(self, *given: Any, journal: Path | None = None) -> list[labels.Row]:
+            return super().__call__(*given, journal=journal or next(journals))
+
+    def make(to_student: Any = (2, 1, 0, *range(3, VOCABULARY)), seed: int = 3, given: Any = None) -> Asking:
+        return Asking(tokenizer(), to_student, given or examples(QUESTIONS), seed=seed, compute=compute)
 
     return make
 
@@ -120,6 +130,28 @@ def test_seed_phase_and_problem_decide_and_nothing_else(
     assert fewer and ids(fewer) == ids(first)[-len(fewer) :]
     other_phase, other_seed = sampler_of()(network, asked, settings, 2), sampler_of(seed=4)(network, asked, settings, 1)
     assert not {tuple(row.input_ids) for row in first} & {tuple(row.input_ids) for row in [*other_phase, *other_seed]}
+
+
+def test_what_was_answered_before_a_kill_is_not_asked_again(
+    sampler_of: Any, settings_of: Any, student: Any, asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, settings, journal = student(), settings_of(), tmp_path / "answers.jsonl"
+    whole = sampler_of()(network, asked, settings, 1)
+    decode, decoded = Runtime._decode, []
+
+    def dying(self: Any, requests: Any, *rest: Any) -> Any:
+        if len(decoded) == 2:
+            raise KeyboardInterrupt
+        decoded.append(len(requests))
+        return decode(self, requests, *rest)
+
+    monkeypatch.setattr(Runtime, "_decode", dying)
+    with pytest.raises(KeyboardInterrupt):
+        sampler_of()(network, asked, settings, 1, journal=journal)
+    assert len(journal.read_text().splitlines()) == sum(decoded) == 8
+    decoded.clear()
+    assert ids(sampler_of()(network, asked, settings, 1, journal=journal)) == ids(whole)
+    assert sum(decoded) == QUESTIONS - 8
 
 
 def test_the_model_and_the_random_state_are_left_alone(

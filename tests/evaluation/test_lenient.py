@@ -360,8 +360,9 @@ def test_turns_are_shared_only_where_a_token_ends_with_them(width, shares):
         def apply_chat_template(self, turns, **_):
             return "".join(turn["content"] for turn in turns)
 
-        def __call__(self, text):
-            return SimpleNamespace(input_ids=[text[i : i + width] for i in range(0, len(text), width)])
+        def __call__(self, texts, add_special_tokens):
+            assert not add_special_tokens  # the template has written them
+            return SimpleNamespace(input_ids=[[t[i : i + width] for i in range(0, len(t), width)] for t in texts])
 
     (request,) = lenient.requests(Tokenizer(), lessons("gain", 1), lessons("gain"))
     assert request.prompt.startswith(request.shared) and bool(request.shared) == shares
