@@ -1,4 +1,4 @@
-"""DeepSeek-R1-0528-Qwen3-8B teaches gemma-3-4b-it (profile r1-gemma): every step on these architectures, at toy size."""
+"""DeepSeek-R1-0528-Qwen3-8B teaches gemma-3-4b-it, profile r1-gemma: every step on toys of these architectures."""
 
 import json
 from pathlib import Path
