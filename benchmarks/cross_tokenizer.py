@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from q2t.compression.vocabulary import Trimmed, slice_embeddings, trim
-from q2t.config import Compute, Distill, Online, load
+from q2t.config import Distill, Online, Params, load
 from q2t.deployment.runtime import load as load_runtime
 from q2t.determinism import seed_everything
 from q2t.distillation import batches
@@ -134,8 +134,25 @@ def bits_per_byte(model: Any, rows: list[Row], examples: list[Example]) -> float
     return nats / math.log(2) / sum(len(example.text.encode()) for example in examples)
 
 
+def judged(folder: Path, problems: list[Problem], params: Params) -> dict[str, Any]:
+    """The accuracy of a model on the problems, and its interval."""
+    correct: dict[str, list[bool]] = {}
+    for one in answer(load_runtime(folder, params.compute), problems, params.evaluate):
+        correct.setdefault(one.family, []).append(bool(one.correct))
+    return {
+        "accuracy": round(macro_accuracy(correct), 4),
+        "interval": [round(end, 4) for end in accuracy_interval(correct, 0.95)],
+    }
+
+
 def measure(
-    model: Any, trimmed: Trimmed, seen: list[Example], unseen: list[Example], settings: Distill, compute: Compute
+    model: Any,
+    trimmed: Trimmed,
+    seen: list[Example],
+    unseen: list[Example],
+    problems: list[Problem],
+    settings: Distill,
+    params: Params,
 ) -> dict[str, Any]:
     tokenizer = trimmed.tokenizer
     before = bits_per_byte(model, encode(tokenizer, unseen), unseen)
@@ -143,15 +160,11 @@ def measure(
         folder = Path(name)
         places = {"checkpoints": folder / "checkpoints", "curve": folder / "curve.csv"}
         rows = encode(tokenizer, seen)
-        model = learn(model, tokenizer, rows, seen, trimmed.to_student, settings, compute=compute, **places)
+        model = learn(model, tokenizer, rows, seen, trimmed.to_student, settings, compute=params.compute, **places)
         after = bits_per_byte(model, encode(tokenizer, unseen), unseen)
         header, *lines = places["curve"].read_text().splitlines()
         save_model(model, tokenizer, folder / "student")
-        problems = read_jsonl(Path("data/prompts/dev.jsonl"), Problem)
-        judged = answer(load_runtime(folder / "student", compute), problems, load().evaluate)
-    correct: dict[str, list[bool]] = {}
-    for one in judged:
-        correct.setdefault(one.family, []).append(bool(one.correct))
+        results = judged(folder / "student", problems, params)
     curve = [dict(zip(header.split(","), map(float, line.split(",")), strict=True)) for line in lines]
     spans = {}
     if "spans" in curve[0]:
@@ -163,8 +176,7 @@ def measure(
             for term in ("spans", "numerals")
         }
     return {
-        "accuracy": round(macro_accuracy(correct), 4),
-        "interval": [round(end, 4) for end in accuracy_interval(correct, 0.95)],
+        **results,
         "bits_per_byte_before": round(before, 4),
         "bits_per_byte_after": round(after, 4),
         **spans,
@@ -187,15 +199,26 @@ def main() -> None:
     if not folder.exists():
         gemma(folder)
     examples = [e for e in read_jsonl(Path("data/filtered/examples.jsonl"), Example) if e.domain == "target"]
-    seen, unseen = examples[:ROWS], examples[ROWS : ROWS + UNSEEN]  # ids are hashes: a random sample
-    results: dict[str, Any] = {"rows": len(seen), "unseen": len(unseen), "methods": {}}
+    split = len(examples) * 4 // 5
+    seen, unseen = examples[:split][:ROWS], examples[split:][:UNSEEN]  # ids are hashes: random samples
+    problems = read_jsonl(Path("data/prompts/dev.jsonl"), Problem)
+    seed_everything(params.seed, params.compute)
+    results: dict[str, Any] = {
+        "families": params.capability.families,
+        "dtype": params.compute.dtype,
+        "rows": len(seen),
+        "unseen": len(unseen),
+        "problems": len(problems),
+        "teacher": judged(Path(TEACHER), problems, params),
+        "methods": {},
+    }
     for name, online in METHODS.items():
         print(name, file=sys.stderr)
         seed_everything(params.seed, params.compute)
         model, trimmed = student_of(folder, seen + unseen)
         results |= {"parameters": model.num_parameters(), "vocabulary": len(trimmed.kept)}
         settings = params.distill.model_copy(update={"online": online})
-        results["methods"][name] = measure(model, trimmed, seen, unseen, settings, params.compute)
+        results["methods"][name] = measure(model, trimmed, seen, unseen, problems, settings, params)
         print(name, results["methods"][name])
     write_json(RESULTS, results)
     fill(ROOT / "docs/distillation.md", "cross", table(results))

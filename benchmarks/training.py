@@ -190,8 +190,7 @@ def measure_loss(ours: bool, width: int) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from q2t.distillation.loop import LOGITS
-    from q2t.distillation.losses import completion_loss
+    from q2t.distillation.losses import LOGITS, completion_loss
 
     torch.manual_seed(7)
     tokens, words, k = LOSS["tokens"], LOSS["vocabulary"], LOSS["top_k"]

@@ -13,12 +13,20 @@ def seed_everything(seed: int, compute: Compute) -> None:
     decide how a sum is split. Call it first in a stage: cuBLAS reads its workspace setting when CUDA starts.
 
     Seeds from 0 to 2**32 - 1, the range that NumPy takes.
+
+    Raises:
+        ValueError: bfloat16 on a CPU that has no instructions for it.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
     import numpy
     import torch
 
+    if compute.device == "cpu" and compute.dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise ValueError(
+            "compute.dtype is bfloat16, which this CPU has no instructions for (AVX-512 or AMX) and computes 20 times "
+            "slower than float32: set it to float32 in params.yaml, or `dvc exp run -S compute.dtype=float32`"
+        )
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)  # CUDA's generators too

@@ -8,44 +8,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_map
+
+from q2t.distillation import sharding
+from q2t.distillation.objective import Objective
 
 Line = dict[str, str]
 """A step's line of the curve, by column."""
 
 
-def save(folder: Path, step: int, model: Any, projections: Any, optimizer: Any, lines: list[Line]) -> None:
+def save(folder: Path, step: int, objective: Objective, optimizer: Any, lines: list[Line], *, write: bool) -> None:
     """Keep what `resume` needs to go on after `step` steps; older checkpoints go.
 
     Args:
-        projections: a module that is trained beside the model, or None.
+        write: whether this is the process that does; of those that share the weights, all have to take part.
     """
+    weights = {name: sharding.whole(p.detach()) for name, p in objective.named_parameters()}
+    state = tree_map(sharding.whole, optimizer.state_dict())
+    if not write:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.partial"):
         shutil.rmtree(stale)
     older = _complete(folder)
     partial = folder / f"step-{step}.partial"
     partial.mkdir()
-    save_model(model, str(partial / "model.safetensors"))
-    if projections is not None:
-        save_model(projections, str(partial / "projections.safetensors"))
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    save_file(weights, partial / "weights.safetensors")
+    torch.save(state, partial / "optimizer.pt")
     (partial / "curve.json").write_text(json.dumps(lines), encoding="utf-8")
     os.replace(partial, folder / f"step-{step}")
     for path in older.values():
         shutil.rmtree(path)
 
 
-def resume(folder: Path, model: Any, projections: Any, optimizer: Any) -> tuple[int, list[Line]]:
+def resume(folder: Path, objective: Objective, optimizer: Any) -> tuple[int, list[Line]]:
     """Steps done and their lines of the curve; weights and optimiser as they were."""
     saved = _complete(folder)
     if not saved:
         return 0, []
     step = max(saved)
-    load_model(model, str(saved[step] / "model.safetensors"), device=str(model.device))
-    if projections is not None:
-        load_model(projections, str(saved[step] / "projections.safetensors"), device=str(model.device))
-    state = torch.load(saved[step] / "optimizer.pt", weights_only=True, map_location=model.device)
+    weights = load_file(saved[step] / "weights.safetensors")
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            parameter.copy_(sharding.like(parameter, weights[name]))
+    state = torch.load(saved[step] / "optimizer.pt", weights_only=True)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, moments in state["state"].items():
+        for key, value in moments.items():
+            moments[key] = sharding.like(trained[place], value)
     optimizer.load_state_dict(state)
     return step, json.loads((saved[step] / "curve.json").read_text(encoding="utf-8"))
 

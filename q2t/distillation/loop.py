@@ -7,17 +7,18 @@ import statistics
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from q2t.config import Compute, Distill, OnPolicy
-from q2t.distillation import adapters, batches, checkpoint, labels, phases, weighting
+from q2t.distillation import adapters, checkpoint, labels, phases, sharding, weighting
 from q2t.distillation.labels import Row
-from q2t.distillation.losses import LOGITS, completion_loss
-from q2t.distillation.online import OnlineTeacher, modules
+from q2t.distillation.objective import Losses, Objective
+from q2t.distillation.online import OnlineTeacher
 
 CURVE = ("step", "loss", "cross_entropy", "kl", "learning_rate", "gradient_norm")
 MOVING = ("weighted_cross_entropy", "weighted_kl", "phase", "skipped")
@@ -31,21 +32,6 @@ FEWEST = 10
 
 Sampler = Callable[[Any, list[Row], OnPolicy, int, Path], list[Row]]
 """The student's own answers to the questions of rows, with a teacher's labels; see `on_policy`."""
-
-
-class Losses(NamedTuple):
-    """Of a step, per completion token. Only what is weighted has the weights of rows and terms in it."""
-
-    total: float
-    cross_entropy: float
-    distillation: float
-    weighted_cross_entropy: float
-    weighted_distillation: float
-    hidden: float
-    attention: float
-    spans: float
-    numerals: float
-    weighted_online: float
 
 
 def train(
@@ -85,6 +71,8 @@ def train(
         ValueError: the loss or the gradient is not finite; names the step and the rows. The weights are
             those before that step. Or a phase has no rows.
     """
+    if sharded := sharding.asked_for():
+        sharding.check(settings)
     accelerator = _accelerator(compute)
     attention = model.config._attn_implementation
     device = torch.device(compute.device) if accelerator.num_processes == 1 else accelerator.device
@@ -92,7 +80,7 @@ def train(
         # The fused kernel's bf16 backward is slow there: 41 ms a layer against 18, an eighth of a step. And fused
         # attention has no maps.
         model.set_attn_implementation("eager")
-    model.to(device, torch.float32).train()
+    model.to(torch.float32).train()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.adapter:
@@ -100,10 +88,14 @@ def train(
     adapters.freeze(model, settings.freeze)
     if any(phase.sparsity for phase in settings.in_phases()):
         adapters.trained_gates(model)  # refused before a phase is paid for
-    projections = teacher.projections.to(device) if teacher else None
-    trained = [p for module in modules(model, teacher) for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.squeeze().ndim > 1]  # not IA3's vectors, which begin at 1
-    vectors = [p for p in trained if p.squeeze().ndim <= 1]
+    objective = Objective(model, teacher)
+    if sharded:
+        sharding.shard(objective, device)
+    else:
+        objective.to(device)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    matrices = [p for p in trained if sum(size > 1 for size in p.shape) > 1]  # not IA3's vectors, which begin at 1
+    vectors = [p for p in trained if sum(size > 1 for size in p.shape) <= 1]
     optimizer = torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": settings.weight_decay},
@@ -124,7 +116,7 @@ def train(
         return labels.read(kept)
 
     plan = phases.plan(rows, settings, seed=seed, answers=answers)
-    first, lines = checkpoint.resume(checkpoints, model, projections, optimizer)
+    first, lines = checkpoint.resume(checkpoints, objective, optimizer)
     total = phases.tokens(rows, settings, seed=seed)
     silent = not accelerator.is_main_process
     with tqdm(total=total, desc="train", unit="tok", unit_scale=True, disable=silent) as bar:
@@ -139,11 +131,10 @@ def train(
                 optimizer.state.clear()
             past = lines[step - min(planned.place, WINDOW) :]
             scale = _balance(past) if planned.settings.balance else 1.0
-            beside = teacher if planned.settings.online else None
-            losses = accumulate(model, planned.micro_batches, planned.settings, accelerator, beside, scale, step)
+            losses = accumulate(objective, planned.micro_batches, planned.settings, accelerator, scale, step)
             sparsity = planned.settings.sparsity
             penalty = adapters.shrink(model, sparsity) if sparsity else 0.0
-            norm = float(accelerator.clip_grad_norm_(trained, 1.0))
+            norm = float(sharding.whole(clip_grad_norm_(trained, 1.0)))
             if not math.isfinite(norm):
                 raise _not_finite("gradient", norm, step, [row for micro in planned.micro_batches for row in micro])
             skipped = is_spike(norm, [float(line["gradient_norm"]) for line in past], settings.spike_factor)
@@ -155,8 +146,10 @@ def train(
             lines.append(_line(step + 1, losses, penalty, planned.learning_rate, norm, planned.phase, skipped))
             bar.update(tokens)
             bar.set_postfix(step=f"{step + 1}", loss=f"{losses.total:.4f}", refresh=False)
-            if (step + 1) % save_every == 0 and accelerator.is_main_process:
-                checkpoint.save(checkpoints, step + 1, model, projections, optimizer, lines)
+            if (step + 1) % save_every == 0:
+                checkpoint.save(checkpoints, step + 1, objective, optimizer, lines, write=accelerator.is_main_process)
+    if sharded:
+        model = sharding.gathered(model)
     if settings.adapter:
         adapters.merge(model)
     model.requires_grad_(True)
@@ -169,11 +162,10 @@ def train(
 
 
 def accumulate(
-    model: Any,
+    objective: Objective,
     micro_batches: Sequence[Sequence[Row]],
     settings: Distill,
     accelerator: Any,
-    teacher: OnlineTeacher | None = None,
     scale: float = 1.0,
     step: int = 0,
 ) -> Losses:
@@ -187,50 +179,27 @@ def accumulate(
         ValueError: the loss of a micro-batch is not finite; names the step and the rows.
     """
     tokens = sum(row.completion_tokens for micro in micro_batches for row in micro)
-    head = model.get_output_embeddings().weight
-    chunk = max(32, LOGITS // head.shape[0] // 32 * 32)
+    own = list(micro_batches[accelerator.process_index :: accelerator.num_processes])
+    sharded = sharding.is_sharded(objective)
+    # Whoever has shards of a layer takes part whenever one runs: with rows that count nothing, if it has no others.
+    idle = sharded and len(own) * accelerator.num_processes < len(micro_batches)
     sums = [0.0] * len(Losses._fields)
     wrong: Sequence[Row] = ()
-    for micro in micro_batches[accelerator.process_index :: accelerator.num_processes]:
-        batch = batches.collate(micro).to(head.device)
+    for micro in own:
         with accelerator.autocast():
-            if teacher:
-                states = teacher.states(model, batch)
-                hidden = states.last
-            else:
-                hidden = batches.predicting_states(model, batch)
-            exact = torch.promote_types(hidden.dtype, torch.float32)
-            weights = weighting.token_weights(batch, micro, settings, scale, exact)
-            if settings.curriculum:
-                factor = weighting.curriculum(hidden, head, batch.targets, micro, settings.curriculum, chunk)
-                weights = (weights[0] * factor, weights[1] * factor)
-            terms = completion_loss(
-                hidden,
-                head,
-                batch.targets,
-                batch.top_ids,
-                batch.top_logprobs,
-                batch.tail_logprob,
-                *weights,
-                settings.temperature,
-                chunk,
-                settings.divergence,
-                settings.beta,
-            )
-            total, values = terms.total, [term.item() for term in terms]
-            if teacher:
-                beside = teacher.loss(model, states, micro, batch)
-                total = total + beside.total
-                values += [term.item() for term in (*beside[1:], beside.total)]
-                values[0] = total.item()
-            else:
-                values += [0.0] * (len(sums) - len(values))
-        if not all(map(math.isfinite, values)):
+            total, losses = objective(micro, settings, scale)
+        if not all(map(math.isfinite, losses)):
             wrong = wrong or micro
         accelerator.backward(total / tokens)
-        sums = [a + b for a, b in zip(sums, values, strict=True)]
+        sums = [a + b for a, b in zip(sums, losses, strict=True)]
+    if idle:
+        with accelerator.autocast():
+            total, _ = objective(micro_batches[-1], settings, scale)
+        accelerator.backward(total * 0.0)
     if accelerator.num_processes > 1:
-        sums = _add_up(model, teacher, sums, accelerator)
+        if not sharded:
+            _add_up(objective, accelerator)
+        sums = _reduced(sums, accelerator)
     if not all(map(math.isfinite, sums)):
         raise _not_finite("loss", sums[0], step, wrong or [row for micro in micro_batches for row in micro])
     return Losses(*(value / tokens for value in sums))
@@ -260,13 +229,15 @@ def _accelerator(compute: Compute) -> Any:
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
 
 
-def _add_up(model: Any, teacher: OnlineTeacher | None, sums: list[float], accelerator: Any) -> list[float]:
-    """Sum of the losses of all processes, and of their gradients, which every process then has."""
-    for module in modules(model, teacher):
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = accelerator.reduce(own, "sum")
+def _add_up(objective: Objective, accelerator: Any) -> None:
+    """Sum of the gradients of all processes, which every process then has."""
+    for parameter in objective.parameters():
+        if parameter.requires_grad:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(own, "sum")
+
+
+def _reduced(sums: list[float], accelerator: Any) -> list[float]:
     total: Tensor = accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=accelerator.device), "sum")
     return total.tolist()
 

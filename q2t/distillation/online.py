@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from q2t.config import Compute, Online
 from q2t.distillation import features, span_losses
@@ -136,8 +136,3 @@ class OnlineTeacher:
 def _with(terms: OnlineTerms, name: str, values: Tensor, weights: Tensor, weight: float) -> OnlineTerms:
     total = terms.total + weight * (values * weights.to(values.dtype)).sum()
     return terms._replace(total=total, **{name: values.detach().sum()})
-
-
-def modules(model: Any, teacher: OnlineTeacher | None) -> list[nn.Module]:
-    """All that is trained: the student, and the projections of its teacher."""
-    return [model, teacher.projections] if teacher else [model]

@@ -12,6 +12,7 @@ from safetensors.torch import save_model
 from q2t.config import Compute, Distill
 from q2t.distillation import loop
 from q2t.distillation.labels import Row
+from q2t.distillation.objective import Objective
 from q2t.records import Example
 
 VOCABULARY = 300
@@ -168,7 +169,7 @@ def weights(model: Any, path: Path) -> bytes:
 
 def step_gradient(model: Any, micro_batches: list[Any], settings: Any, accelerator: Any) -> Any:
     model.zero_grad()
-    losses = loop.accumulate(model, micro_batches, settings, accelerator)
+    losses = loop.accumulate(Objective(model), micro_batches, settings, accelerator)
     return losses, [p.grad.clone() for p in model.parameters()]
 
 

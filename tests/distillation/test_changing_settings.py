@@ -118,7 +118,7 @@ def test_a_spike_is_skipped_and_counted(
     accumulate, before = loop.accumulate, {}
 
     def spiky(network: Any, micro_batches: Any, *rest: Any) -> Any:
-        before[rest[-1]] = network.model.norm.weight.detach().clone()
+        before[rest[-1]] = network.student.model.norm.weight.detach().clone()
         terms = accumulate(network, micro_batches, *rest)
         if rest[-1] == 10:
             for parameter in network.parameters():

@@ -163,8 +163,8 @@ from q2t.config import Compute
 from q2t.distillation import checkpoint, loop
 folder, at = Path(sys.argv[1]), int(sys.argv[3])
 save = checkpoint.save
-def dying(checkpoints, step, *rest):
-    save(checkpoints, step, *rest)
+def dying(checkpoints, step, *rest, **more):
+    save(checkpoints, step, *rest, **more)
     if step == at:
         # The next checkpoint is half written when the process dies.
         (checkpoints / f"step-{step + 1}.partial").mkdir()

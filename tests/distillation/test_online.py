@@ -10,6 +10,7 @@ from q2t.config import Online
 from q2t.distillation import loop, online
 from q2t.distillation.batches import Batch, collate
 from q2t.distillation.labels import encode
+from q2t.distillation.objective import Objective
 from q2t.distillation.online import OnlineTeacher
 from q2t.records import Example
 from q2t.sources import save_model
@@ -66,7 +67,7 @@ def beside(tokenizer: Any, examples: Any, compute: Any, tmp_path: Path) -> Any:
 
 def gradients(student: Any, teacher: OnlineTeacher, split: list[list[Any]], settings: Any, accelerator: Any) -> Any:
     student.zero_grad()
-    losses = loop.accumulate(student, split, settings, accelerator, teacher)
+    losses = loop.accumulate(Objective(student, teacher), split, settings, accelerator)
     return losses, [parameter.grad.clone() for parameter in student.parameters()]
 
 

@@ -1,4 +1,4 @@
-"""Two processes that share the steps of a run, started as `accelerate launch` starts them, by torchrun."""
+"""Two processes that share the steps of a run, or the weights too, started by torchrun as `accelerate launch` does."""
 
 import os
 import signal
@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import weights
+from safetensors.torch import load_file
 
 from q2t.distillation import loop
 
@@ -19,44 +22,69 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from conftest import SETTINGS, make_rows, tiny_model, weights
 from q2t.config import Compute
-from q2t.distillation import checkpoint, loop
-folder, at = Path(sys.argv[1]), int(sys.argv[3])
+from q2t.distillation import checkpoint, loop, sharding
+folder, at, more = Path(sys.argv[1]), int(sys.argv[3]), eval(sys.argv[4])
 save = checkpoint.save
-def dying(checkpoints, step, *rest):
-    save(checkpoints, step, *rest)
-    if step == at:
+def dying(checkpoints, step, objective, *rest, write):
+    own = sum(getattr(p, "_local_tensor", p).numel() for p in objective.parameters())
+    (folder / f"shares-{{os.environ['RANK']}}").write_text(f"{{sharding.is_sharded(objective)}} {{own}}")
+    save(checkpoints, step, objective, *rest, write=write)
+    if step == at and write:
         os.kill(os.getpid(), {int(signal.SIGKILL)})
 checkpoint.save = dying
-model = loop.train(tiny_model(), make_rows({ROWS}, unlabelled_every=5), SETTINGS.model_copy(update={{"batch_size": 8}}),
+settings = SETTINGS.model_copy(update={{"batch_size": 8, **more}})
+model = loop.train(tiny_model(), make_rows({ROWS}, unlabelled_every=5), settings,
     seed=3, compute=Compute(threads=1, dtype="float32", device="cpu"),
     checkpoints=folder / "checkpoints", curve=folder / "curve.csv", save_every=2)
 assert loop.torch.distributed.get_world_size() == 2
 weights(model, folder / f"model-{{os.environ['RANK']}}")
 """
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What `accelerate launch` says to its processes with q2t/launch/fsdp2.yaml."""
 
 
-def launch(folder: Path, die_at: int = 0) -> int:
-    """The status of a run of two processes."""
+def launch(folder: Path, die_at: int = 0, sharded: bool = False, **more: Any) -> subprocess.CompletedProcess[str]:
+    """A run of two processes, its settings but for `more` those of the other tests."""
     here = Path(__file__).parent
     script = folder / "child.py"
     script.write_text(CHILD, encoding="utf-8")
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [*starter, str(script), str(folder), str(here), str(die_at)]
-    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+    environment = (
+        os.environ | {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1"} | (SHARDED if sharded else {})
+    )
+    command = [*starter, str(script), str(folder), str(here), str(die_at), repr(more)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def succeed(*given: Any, **named: Any) -> None:
+    done = launch(*given, **named)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def curve(folder: Path) -> list[list[float]]:
+    return [list(map(float, line.split(","))) for line in (folder / "curve.csv").read_text().splitlines()[1:]]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    assert launch(folder) == 0
+    succeed(folder)
     return folder
 
 
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    succeed(folder, sharded=True)
+    return folder
+
+
+@pytest.mark.parametrize("which", ["two", "shards"])
 def test_two_processes_learn_as_one(
-    two: Path, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+    which: str, request: pytest.FixtureRequest, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
 ) -> None:
-    loop.train(
+    together = request.getfixturevalue(which)
+    whole = loop.train(
         model(),
         rows(ROWS, unlabelled_every=5),
         settings.model_copy(update={"batch_size": 8}),
@@ -65,18 +93,51 @@ def test_two_processes_learn_as_one(
         checkpoints=tmp_path / "checkpoints",
         curve=tmp_path / "curve.csv",
     )
-    one, both = (
-        [list(map(float, line.split(","))) for line in path.read_text().splitlines()[1:]]
-        for path in (tmp_path / "curve.csv", two / "curve.csv")
-    )
-    assert len(one) == 6
-    assert both == [pytest.approx(line, rel=1e-4) for line in one]
-    assert (two / "model-0").read_bytes() == (two / "model-1").read_bytes()
+    alone, both = curve(tmp_path), curve(together)
+    assert len(alone) == 6
+    assert both == [pytest.approx(line, rel=1e-4) for line in alone]
+    assert (together / "model-0").read_bytes() == (together / "model-1").read_bytes()
+    learnt = load_file(together / "model-0")
+    weights(whole, tmp_path / "model")
+    for name, weight in load_file(tmp_path / "model").items():
+        torch.testing.assert_close(learnt[name], weight, rtol=1e-3, atol=1e-5)
 
 
-def test_two_processes_resume_to_the_same_bytes(two: Path, tmp_path: Path) -> None:
-    assert launch(tmp_path, die_at=4) != 0
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_resume_to_the_same_bytes(sharded: bool, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    together = request.getfixturevalue("shards" if sharded else "two")
+    assert launch(tmp_path, die_at=4, sharded=sharded).returncode != 0
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-4"]
-    assert launch(tmp_path) == 0
+    succeed(tmp_path, sharded=sharded)
     for name in ("curve.csv", "model-0", "model-1"):
-        assert (tmp_path / name).read_bytes() == (two / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (together / name).read_bytes()
+
+
+def test_a_process_keeps_its_share_alone(two: Path, shards: Path) -> None:
+    whole = [(two / f"shares-{rank}").read_text().split() for rank in (0, 1)]
+    shares = [(shards / f"shares-{rank}").read_text().split() for rank in (0, 1)]
+    assert [kind for kind, _ in whole + shares] == ["False", "False", "True", "True"]
+    assert sum(int(size) for _, size in shares) == int(whole[0][1]) == int(whole[1][1])
+    assert all(int(size) < 0.6 * int(whole[0][1]) for _, size in shares)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"gradient_checkpointing": True},
+        {"freeze": ["*embed_tokens*"], "curriculum": None, "balance": True},
+    ],
+)
+def test_shards_learn_what_whole_weights_learn(more: dict[str, Any], tmp_path: Path) -> None:
+    folders = [tmp_path / "shards", tmp_path / "whole"]
+    for folder, sharded in zip(folders, (True, False), strict=True):
+        folder.mkdir()
+        succeed(folder, sharded=sharded, **more)
+    assert curve(folders[0]) == [pytest.approx(line, rel=1e-4) for line in curve(folders[1])]
+
+
+@pytest.mark.parametrize("key, value", [("sparsity", 0.1)])
+def test_what_needs_whole_weights_is_refused_in_shards(key: str, value: Any, tmp_path: Path) -> None:
+    done = launch(tmp_path, sharded=True, **{key: value})
+    assert done.returncode != 0
+    assert f"{key}: needs the student's weights whole" in done.stderr

@@ -1,0 +1,85 @@
+"""What a step minimises, for one micro-batch."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from q2t.config import Distill
+from q2t.distillation import batches, weighting
+from q2t.distillation.labels import Row
+from q2t.distillation.losses import LOGITS, completion_loss
+from q2t.distillation.online import OnlineTeacher
+
+
+class Losses(NamedTuple):
+    """Sums over completion tokens, or means of a step's. Only what is weighted has the weights of rows and terms."""
+
+    total: float
+    cross_entropy: float
+    distillation: float
+    weighted_cross_entropy: float
+    weighted_distillation: float
+    hidden: float = 0.0
+    attention: float = 0.0
+    spans: float = 0.0
+    numerals: float = 0.0
+    weighted_online: float = 0.0
+
+
+class Objective(nn.Module):
+    """All that is trained, the student and the projections of its teacher, and the loss that trains it.
+
+    One module whose forward gives the loss, so that a student whose weights lie in shards is whole wherever the loss
+    reads them: the fused loss multiplies by the head's weight itself, past the head's forward.
+    """
+
+    def __init__(self, student: Any, teacher: OnlineTeacher | None = None) -> None:
+        super().__init__()
+        self.student = student
+        self.projections = teacher.projections if teacher else None
+        self.teacher = teacher
+
+    def forward(self, micro: Sequence[Row], settings: Distill, scale: float) -> tuple[Tensor, Losses]:
+        """The sum of the weighted losses, with a gradient, and what it is made of.
+
+        Args:
+            micro: rows of a micro-batch.
+            settings: of the phase; the teacher is asked if they have `online`.
+            scale: factor on distillation, beside alpha.
+        """
+        head = self.student.get_output_embeddings().weight
+        batch = batches.collate(micro).to(head.device)
+        teacher = self.teacher if settings.online else None
+        if teacher:
+            states = teacher.states(self.student, batch)
+            hidden = states.last
+        else:
+            hidden = batches.predicting_states(self.student, batch)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        weights = weighting.token_weights(batch, micro, settings, scale, exact)
+        chunk = max(32, LOGITS // head.shape[0] // 32 * 32)
+        if settings.curriculum:
+            factor = weighting.curriculum(hidden, head, batch.targets, micro, settings.curriculum, chunk)
+            weights = (weights[0] * factor, weights[1] * factor)
+        terms = completion_loss(
+            hidden,
+            head,
+            batch.targets,
+            batch.top_ids,
+            batch.top_logprobs,
+            batch.tail_logprob,
+            *weights,
+            settings.temperature,
+            chunk,
+            settings.divergence,
+            settings.beta,
+        )
+        losses = Losses(*(term.item() for term in terms))
+        if not teacher:
+            return terms.total, losses
+        beside = teacher.loss(self.student, states, micro, batch)
+        total = terms.total + beside.total
+        of_teacher = {name: value.item() for name, value in beside._asdict().items() if name != "total"}
+        return total, losses._replace(total=total.item(), **of_teacher, weighted_online=beside.total.item())
