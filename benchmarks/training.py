@@ -8,7 +8,8 @@ own, so that its peak memory is its own.
 
 Ours distils from stored labels, TRL (GKDTrainer, off-policy, forward KL) from the teacher itself beside the
 student, which is the only way it has; `with_labelling` counts one labelling for one epoch to our disfavour. The
-weights are float32 and matrix products run in bfloat16 on both sides; batch, rows and epochs are the same. The first
+weights are float32 and matrix products run in bfloat16 on both sides (--dtype float32 is for a CPU that has no
+instructions for it); batch, rows and epochs are the same. The first
 epoch warms up, the second is timed; speeds are its tokens, padding not counted, per second. TRL is measured in every
 setup of TRL, once; ours and its fastest then take turns, and ratios are those of medians. Memory is compared with
 the smallest peak of its setups. Peaks are of the whole process, the interpreter and its libraries included.
@@ -65,13 +66,13 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def make_labels(folder: Path) -> dict[str, float]:
+def make_labels(folder: Path, dtype: str) -> dict[str, float]:
     """The teacher's soft labels of a sample of the rows, in its own ids; how fast, and how large the file."""
     from q2t.distillation.labels import label, write
     from q2t.sources import load_model, load_tokenizer
 
     examples = random.Random(7).sample(read_jsonl(EXAMPLES, Example), LABELLED)
-    teacher, tokenizer = load_model(TEACHER, "bfloat16"), load_tokenizer(TEACHER)
+    teacher, tokenizer = load_model(TEACHER, dtype), load_tokenizer(TEACHER)
     ids: dict[str, Any] = {"to_student": None, "student_tokenizer": load_tokenizer(STUDENT)}
     start = time.perf_counter()
     rows = label(teacher, tokenizer, examples, top_k=TOP_K, batch_size=LABEL_BATCH, **ids)
@@ -101,7 +102,7 @@ def measure_training(train: Callable[[], Any], tokens: int) -> dict[str, float]:
     }
 
 
-def train_q2t(folder: Path, rows: Sequence[Any], distil: bool) -> dict[str, float]:
+def train_q2t(folder: Path, rows: Sequence[Any], distil: bool, dtype: Any) -> dict[str, float]:
     from torch import get_num_threads
 
     from q2t.config import Compute, load
@@ -114,7 +115,7 @@ def train_q2t(folder: Path, rows: Sequence[Any], distil: bool) -> dict[str, floa
         none = {name: getattr(rows[0], name)[:0] for name in ("top_ids", "top_logprobs", "tail_logprob")}
         rows = [replace(row, **none) for row in rows]
     model = load_model(STUDENT)
-    compute = Compute(threads=get_num_threads(), dtype="bfloat16", device="cpu")
+    compute = Compute(threads=get_num_threads(), dtype=dtype, device="cpu")
     places = {"checkpoints": folder / f"checkpoints-{distil}", "curve": folder / f"curve-{distil}.csv"}
     flops, tokens = needed(model, rows), sum(len(row.input_ids) for row in rows)
     more: dict[str, Any] = {"seed": 7, "compute": compute, "save_every": 10**6, **places}
@@ -137,7 +138,7 @@ def needed(model: Any, rows: Sequence[Any]) -> float:
     return flops / sum(lengths)
 
 
-def train_trl(folder: Path, rows: Sequence[Any], distil: bool, setup: dict[str, Any]) -> dict[str, float]:
+def train_trl(folder: Path, rows: Sequence[Any], distil: bool, dtype: str, setup: dict[str, Any]) -> dict[str, float]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
     from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -150,7 +151,7 @@ def train_trl(folder: Path, rows: Sequence[Any], distil: bool, setup: dict[str, 
         "completion_mask": [[0] * row.prompt_length + [1] * row.completion_tokens for row in rows],
     }
     plain: dict[str, Any] = {
-        "bf16": True,
+        "bf16": dtype == "bfloat16",
         "use_cpu": True,
         "report_to": "none",
         "save_strategy": "no",
@@ -163,14 +164,14 @@ def train_trl(folder: Path, rows: Sequence[Any], distil: bool, setup: dict[str, 
     inputs: dict[str, Any] = {"train_dataset": Dataset.from_dict(data), "processing_class": tokenizer}
     if distil:
         settings = GKDConfig(lmbda=0.0, beta=0.0, **shared)
-        trainer: Any = GKDTrainer(student, load_model(TEACHER, "bfloat16"), settings, **inputs)
+        trainer: Any = GKDTrainer(student, load_model(TEACHER, dtype), settings, **inputs)
     else:
         trainer = SFTTrainer(student, SFTConfig(completion_only_loss=True, **shared), **inputs)
     return measure_training(trainer.train, sum(map(len, data["input_ids"])))
 
 
-def measure_peak(seconds: float = 1.0) -> dict[str, float]:
-    """GFLOP/s of bfloat16 products, the student's for a micro-batch and a large one; the best is the peak."""
+def measure_peak(dtype: str, seconds: float = 1.0) -> dict[str, float]:
+    """GFLOP/s of products in this type, the student's for a micro-batch and a large one; the best is the peak."""
     import torch
     from torch.utils.benchmark import Timer
 
@@ -179,13 +180,14 @@ def measure_peak(seconds: float = 1.0) -> dict[str, float]:
     shapes = [(512, width, width), (512, width, inner), (512, inner, width), (320, width, words), (2048, 2048, 2048)]
     rates = {}
     for m, k, n in shapes:
-        matrices = {"a": torch.randn(m, k, dtype=torch.bfloat16), "b": torch.randn(n, k, dtype=torch.bfloat16)}
+        kind = getattr(torch, dtype)
+        matrices = {"a": torch.randn(m, k, dtype=kind), "b": torch.randn(n, k, dtype=kind)}
         timer = Timer("a @ b.T", globals=matrices, num_threads=torch.get_num_threads())
         rates[f"{m}x{k}x{n}"] = round(2 * m * k * n / timer.blocked_autorange(min_run_time=seconds).median / 1e9, 1)
     return rates | {"peak": max(rates.values())}
 
 
-def measure_loss(ours: bool, width: int) -> dict[str, float]:
+def measure_loss(ours: bool, width: int, dtype: str) -> dict[str, float]:
     """Memory that forward and backward of the distillation loss add to its inputs."""
     import torch
     import torch.nn.functional as F
@@ -198,7 +200,7 @@ def measure_loss(ours: bool, width: int) -> dict[str, float]:
     head = torch.empty(words, width).normal_(std=0.02).requires_grad_()
     targets = torch.randint(words, (tokens,))
     before = resident()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         if ours:
             top = torch.full((tokens, k), -5.0)
             labels = torch.arange(k).expand(tokens, k), top, torch.log1p(-top.exp().sum(1))
@@ -216,32 +218,35 @@ def measure_loss(ours: bool, width: int) -> dict[str, float]:
     return {"peak_mib": round(added), "without_head_gradient_mib": round(added - head.numel() * 4 / 2**20)}
 
 
-def measure(name: str, folder: Path, rows: int) -> dict[str, float]:
+def measure(name: str, folder: Path, rows: int, dtype: str) -> dict[str, float]:
     """One measurement, in this process."""
     if name == "labels":
-        return make_labels(folder)
+        return make_labels(folder, dtype)
     if name == "matmul":
-        return measure_peak()
+        return measure_peak(dtype)
     if name.startswith("loss"):
         _, ours, size = name.split("_", 2)
-        return measure_loss(ours == "q2t", WIDTHS[size])
+        return measure_loss(ours == "q2t", WIDTHS[size], dtype)
     from q2t.distillation.labels import read
 
     chosen = read(folder / "labels.parquet")[:rows]
     distil = "_kd" in name
-    return train_trl(folder, chosen, distil, TRL[name]) if name in TRL else train_q2t(folder, chosen, distil)
+    if name in TRL:
+        return train_trl(folder, chosen, distil, dtype, TRL[name])
+    return train_q2t(folder, chosen, distil, dtype)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=24, help=f"to train on, a multiple of {BATCH}")
     parser.add_argument("--rounds", type=int, default=2, help="turns of ours and of TRL's fastest setup")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of matrix products")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.json"))
     parser.add_argument("--only", nargs=2, metavar=("NAME", "FOLDER"), help="one measurement, in this process")
     given = parser.parse_args()
     assert given.rows % BATCH == 0, "a step of fewer rows would be measured as a whole one"
     if given.only:
-        print(json.dumps(measure(given.only[0], Path(given.only[1]), given.rows)))
+        print(json.dumps(measure(given.only[0], Path(given.only[1]), given.rows, given.dtype)))
         return
 
     runs: dict[str, list[dict[str, float]]] = {}
@@ -249,7 +254,17 @@ def main() -> None:
     def run(*names: str) -> None:
         for name in names:
             # This process imports no torch: what it holds would count in the peaks of those it starts.
-            command = [sys.executable, __file__, "--rows", str(given.rows), "--only", name, folder]
+            command = [
+                sys.executable,
+                __file__,
+                "--rows",
+                str(given.rows),
+                "--dtype",
+                given.dtype,
+                "--only",
+                name,
+                folder,
+            ]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             runs.setdefault(name, []).append(json.loads(output.splitlines()[-1]))
             print(name, runs[name][-1], file=sys.stderr)
@@ -288,7 +303,7 @@ def main() -> None:
         "student": STUDENT.name,
         "teacher": TEACHER.name,
         "cores": os.cpu_count(),
-        "dtype": "bfloat16",
+        "dtype": given.dtype,
     }
     settings |= {"threads": os.environ.get("OMP_NUM_THREADS", "default"), "rows": given.rows, "batch_size": BATCH}
     settings |= {"epochs": EPOCHS, "steps_timed": given.rows // BATCH, "rounds": given.rounds, **TRAINING}

@@ -52,3 +52,14 @@ def test_import_is_light():
     code = "import sys, q2t.determinism, q2t.sources; print({'torch', 'numpy'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_bfloat16_is_refused_on_a_cpu_without_it(able, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
+    given = Compute(threads=1, dtype="bfloat16", device="cpu")
+    if able:
+        seed_everything(7, given)
+    else:
+        with pytest.raises(ValueError, match="compute.dtype is bfloat16.*set it to float32"):
+            seed_everything(7, given)

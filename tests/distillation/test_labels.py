@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tokenizers import Tokenizer
@@ -207,7 +207,6 @@ def stored_rows(draw: st.DrawFn) -> tuple[int, list[labels.Row]]:
     return k, rows
 
 
-@settings(deadline=None)
 @given(stored_rows())
 def test_parquet_keeps_every_bit(stored: tuple[int, list[labels.Row]]) -> None:
     k, rows = stored

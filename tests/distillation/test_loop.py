@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from q2t.distillation import loop
+from q2t.distillation import loop, objective
 from q2t.distillation.batches import collate
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -79,7 +79,7 @@ def test_only_positions_that_predict_completions_get_a_gradient(
         states[-1].retain_grad()
         return states[-1][batch.predicts]
 
-    monkeypatch.setattr(loop.batches, "predicting_states", predicting)
+    monkeypatch.setattr(objective.batches, "predicting_states", predicting)
     chosen = rows(6, unlabelled_every=3)
     gradient(model(), [chosen], settings.model_copy(update=changes), accelerator)
     learnt = states[0].grad.abs().sum(2) > 0

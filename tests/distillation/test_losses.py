@@ -46,7 +46,7 @@ def test_every_divergence_is_tested() -> None:
     assert {kind for kind, _ in KINDS} == set(get_args(Divergence))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.sampled_from(KINDS),
     st.integers(0, 10**6),

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from q2t.capability.electronics import catalog
@@ -261,7 +261,6 @@ pieces = st.lists(
 ).map("".join)
 
 
-@settings(deadline=None)
 @given(st.text() | pieces)
 @example("1e999 ohm")
 @example("٣ ohm")
@@ -301,7 +300,6 @@ def test_the_time_is_proportional_to_the_length(asked, piece):
     assert time.process_time() - before < 2
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["led", "gain", "rc", "mosfet", "regulator"]), st.integers(0, 50), st.text(alphabet="xyz .\n"))
 def test_a_worked_solution_is_right_whatever_stands_around_it(name, seed, around):
     (family,) = make_families([name], PARTS)

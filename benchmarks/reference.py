@@ -1,0 +1,179 @@
+"""What profile r1-gemma needs at full size: memory, time and cost, computed and not run.
+
+    python benchmarks/reference.py --gpus 8 --price 3.0
+
+writes the table of docs/distillation.md in seconds, on any machine. Parameters are counted on the real shapes, without
+memory. Operations follow from them and from the profile's questions, samples, epochs and cuts; what the teacher makes
+of the questions is not known before it is asked, so the length of an answer and the share that is kept are arguments.
+Time is operations by the peak of the device, or bytes by its bandwidth where that takes longer (decoding), times the
+share of its peak that training reached in benchmarks/results/training.json: on a CPU, since no GPU has been measured.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
+
+from q2t import profile
+from q2t.config import Params, load
+from q2t.distillation.losses import LOGITS
+from q2t.distillation.phases import MICRO_BATCH
+from q2t.readme import fill
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING = ROOT / "benchmarks/results/training.json"
+PEAK, BANDWIDTH = 989e12, 3.35e12
+"""Of an H100 SXM: bf16 operations and bytes a second, as its data sheet says."""
+STATE = 16
+"""Bytes a parameter: weight, gradient and two moments in float32."""
+PROMPT = 128
+"""Tokens of a question, system prompt included."""
+
+
+class Model(NamedTuple):
+    inner: int
+    """Parameters that every token is multiplied by."""
+    head: int
+    embeddings: int
+    """Apart from a head that is the same."""
+    layers: int
+    hidden: int
+    cache: int
+    """Bytes of keys and values a token, in bf16."""
+
+    @property
+    def parameters(self) -> int:
+        return self.inner + self.head + self.embeddings
+
+
+def counted(model: Any) -> Model:
+    config = model.config
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    other = 0 if config.tie_word_embeddings else embeddings.numel()
+    inner = sum(p.numel() for p in model.parameters()) - head.numel() - other
+    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return Model(inner, head.numel(), other, config.num_hidden_layers, config.hidden_size, cache)
+
+
+def r1() -> Model:
+    """DeepSeek-R1-0528-Qwen3-8B, by its config.json."""
+    shape = Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+    )
+    return counted(Qwen3ForCausalLM(shape))
+
+
+def gemma(layers: int = 34, intermediate: int = 10_240, vocabulary: int = 262_208) -> Model:
+    """The language model of gemma-3-4b-it by its config.json, or a cut one."""
+    shape = Gemma3TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=2560,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+    )
+    return counted(Gemma3ForCausalLM(shape))
+
+
+class Step(NamedTuple):
+    name: str
+    gigabytes: float
+    """Of a device."""
+    hours: float
+    """Of one device that does all."""
+
+
+def generation(name: str, model: Model, answers: int, length: int, batch: int, share: float) -> Step:
+    """Answers in batches: the prompts at the device's peak, then a token of each answer at a time."""
+    compute = 2 * (model.inner + model.head) * answers * (PROMPT + length) / PEAK
+    context = PROMPT + length / 2
+    bytes_moved = answers / batch * length * (2 * model.parameters + batch * context * model.cache)
+    gigabytes = (2 * model.parameters + batch * (PROMPT + length) * model.cache) / 1e9
+    return Step(name, gigabytes, max(compute, bytes_moved / BANDWIDTH) / share / 3600)
+
+
+def training(
+    name: str, student: Model, teacher: Model, rows: int, length: int, epochs: int, gpus: int, share: float
+) -> Step:
+    """With checkpointed activations: forward twice, backward, and the teacher's forward beside it."""
+    tokens, completions = rows * epochs * (PROMPT + length), rows * epochs * length
+    learnt = 8 * student.inner * tokens + 6 * student.head * completions
+    taught = 2 * teacher.inner * tokens + 2 * teacher.head * completions
+    kept = MICRO_BATCH * (PROMPT + length) * student.layers * student.hidden * 4
+    gathered = 2 * 4 * (student.head + student.inner // student.layers)
+    memory = STATE * student.parameters / gpus + gathered + 2 * teacher.parameters + kept + 4 * 4 * LOGITS
+    return Step(name, memory / 1e9, (learnt + taught) / PEAK / share / 3600)
+
+
+def steps(params: Params, length: int, kept: float, gpus: int, share: float) -> list[Step]:
+    teacher = r1()
+    cut = params.initialize.layers, params.prune.intermediate, params.initialize.vocabulary
+    student = gemma(cut[0], vocabulary=cut[2])
+    pruned = gemma(*cut)
+    expert = params.teachers["expert"]
+    problems = len(params.capability.families) * params.capability.questions
+    answers = problems * expert.samples
+    rows = round(answers * kept)
+    asked = len(params.capability.families) * params.capability.test
+    size = expert.batch_size
+    return [
+        generation(f"generate: {answers:,} answers", teacher, answers, length, size, share),
+        training("distill", student, teacher, rows, length, params.distill.epochs, gpus, share),
+        training("prune, heal", pruned, teacher, rows, length, params.prune.epochs, gpus, share),
+        generation("evaluate: teacher", teacher, asked, length, size, share),
+        generation("evaluate: pruned student", pruned, asked, length, size, share),
+    ]
+
+
+def table(rows: list[Step], gpus: int, price: float) -> str:
+    lines = ["| Step | GB a device | GPU hours | Hours | Cost |", "|:--|--:|--:|--:|--:|"]
+    total = 0.0
+    for row in rows:
+        parallel = gpus if row.name.startswith(("distill", "prune")) else 1
+        cost = row.hours * price
+        total += cost
+        lines.append(
+            f"| {row.name} | {row.gigabytes:.0f} | {row.hours:.1f} | {row.hours / parallel:.1f} | {cost:,.0f} $ |"
+        )
+    return "\n".join([*lines, f"| together | | {sum(r.hours for r in rows):.1f} | | {total:,.0f} $ |"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=1024, help="tokens of an answer")
+    parser.add_argument("--kept", type=float, default=0.5, help="share of the answers that are learnt from")
+    parser.add_argument("--gpus", type=int, default=8, help="that share distill and prune")
+    parser.add_argument("--price", type=float, default=3.0, help="dollars a GPU hour")
+    given = parser.parse_args()
+    share = json.loads(TRAINING.read_text(encoding="utf-8"))["share_of_matmul_peak"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "params.yaml"
+        path.write_bytes((ROOT / "params.yaml").read_bytes())
+        profile.apply("r1-gemma", path)
+        params = load(path)
+    with torch.device("meta"):
+        rows = steps(params, given.length, given.kept, given.gpus, share)
+        sizes = [f"{model.parameters / 1e9:.2f}" for model in (r1(), gemma())]
+    said = (
+        f"The teacher has {sizes[0]} billion parameters, gemma {sizes[1]}. Answers of {given.length:,} tokens, "
+        f"{given.kept:.0%} of them kept, {given.gpus} devices for distill and prune and one for the rest, "
+        f"{given.price:.2f} $ an hour, {share:.0%} of the peak:"
+    )
+    fill(ROOT / "docs/distillation.md", "reference", f"{said}\n\n{table(rows, given.gpus, given.price)}")
+
+
+if __name__ == "__main__":
+    main()
