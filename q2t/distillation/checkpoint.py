@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from q2t.distillation import sharding
@@ -24,8 +25,14 @@ def save(folder: Path, step: int, objective: Objective, optimizer: Any, lines: l
     Args:
         write: whether this is the process that does; of those that share the weights, all have to take part.
     """
-    weights = {name: sharding.whole(p.detach()) for name, p in objective.named_parameters()}
-    state = tree_map(sharding.whole, optimizer.state_dict())
+
+    def kept(value: Any) -> Any:
+        """One tensor at a time is whole on the device, and the writer alone keeps it."""
+        value = sharding.whole(value)
+        return None if not write else value.cpu() if isinstance(value, Tensor) else value
+
+    weights = {name: kept(parameter.detach()) for name, parameter in objective.named_parameters()}
+    state = tree_map(kept, optimizer.state_dict())
     if not write:
         return
     folder.mkdir(parents=True, exist_ok=True)

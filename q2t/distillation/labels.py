@@ -120,8 +120,7 @@ def label(
     of_teacher = (to_student >= 0).nonzero().squeeze(1)
     if top_k >= len(of_teacher):
         raise ValueError(
-            f"label.top_k is {top_k}, but the student knows {len(of_teacher)} of the teacher's tokens: "
-            "choose a smaller top_k"
+            f"top_k is {top_k}, but the student knows {len(of_teacher)} of the teacher's tokens: choose a smaller top_k"
         )
     of_student = to_student[of_teacher].numpy()
     of_teacher = of_teacher.to(device)

@@ -71,9 +71,9 @@ def train(
         ValueError: the loss or the gradient is not finite; names the step and the rows. The weights are
             those before that step. Or a phase has no rows.
     """
-    if sharded := sharding.asked_for():
-        sharding.check(settings)
     accelerator = _accelerator(compute)
+    if sharded := sharding.asked_for() and accelerator.num_processes > 1:
+        sharding.check(settings)
     attention = model.config._attn_implementation
     device = torch.device(compute.device) if accelerator.num_processes == 1 else accelerator.device
     if (device.type == "cpu" and compute.dtype == "bfloat16") or (settings.online and settings.online.attention):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_model
 
-from q2t.distillation import loop
+from q2t.config import Adapter, OnPolicy, Phase
+from q2t.distillation import loop, sharding
 
+ON_POLICY = OnPolicy(teacher="models/teacher", max_new_tokens=8, batch_size=4, top_k=4)
 ROWS = 20
 """In steps of eight, each of two micro-batches but the last: it leaves the second process nothing to do."""
 CHILD = f"""
@@ -120,23 +122,35 @@ def test_a_process_keeps_its_share_alone(two: Path, shards: Path) -> None:
     assert all(int(size) < 0.6 * int(whole[0][1]) for _, size in shares)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"gradient_checkpointing": True},
-        {"freeze": ["*embed_tokens*"], "curriculum": None, "balance": True},
-    ],
-)
-def test_shards_learn_what_whole_weights_learn(more: dict[str, Any], tmp_path: Path) -> None:
+def test_shards_learn_what_whole_weights_learn(
+    model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+) -> None:
+    """With weights that have no gradient, and layers that run twice."""
+    more: dict[str, Any] = {"gradient_checkpointing": True, "freeze": ["*embed_tokens*"], "balance": True}
     folders = [tmp_path / "shards", tmp_path / "whole"]
-    for folder, sharded in zip(folders, (True, False), strict=True):
+    for folder in folders:
         folder.mkdir()
-        succeed(folder, sharded=sharded, **more)
+    succeed(folders[0], sharded=True, **more)
+    loop.train(
+        model(),
+        rows(ROWS, unlabelled_every=5),
+        settings.model_copy(update={"batch_size": 8, **more}),
+        seed=3,
+        compute=compute,
+        checkpoints=tmp_path / "checkpoints",
+        curve=folders[1] / "curve.csv",
+    )
     assert curve(folders[0]) == [pytest.approx(line, rel=1e-4) for line in curve(folders[1])]
 
 
-@pytest.mark.parametrize("key, value", [("sparsity", 0.1)])
-def test_what_needs_whole_weights_is_refused_in_shards(key: str, value: Any, tmp_path: Path) -> None:
-    done = launch(tmp_path, sharded=True, **{key: value})
-    assert done.returncode != 0
-    assert f"{key}: needs the student's weights whole" in done.stderr
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"adapter": Adapter(kind="ia3", modules=["k_proj"])}, "adapter"),
+        ({"sparsity": 0.1}, "sparsity"),
+        ({"phases": [Phase(), Phase(on_policy=ON_POLICY)]}, "on_policy"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_in_shards(change: dict[str, Any], named: str, settings: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{named}: needs the student's weights whole"):
+        sharding.check(settings.model_copy(update=change))
