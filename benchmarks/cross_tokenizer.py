@@ -183,13 +183,29 @@ def measure(
     }
 
 
-def table(results: dict[str, Any]) -> str:
+def percent(judged: dict[str, Any]) -> str:
+    low, high = (f"{100 * end:.0f}" for end in judged["interval"])
+    return f"{100 * judged['accuracy']:.1f}% ({low}–{high}%)"
+
+
+def section(results: dict[str, Any]) -> str:
+    """What docs/distillation.md says of them."""
     lines = ["| Learnt from | Accuracy | Bits per byte of unseen answers |", "|:--|--:|--:|"]
     for name, row in results["methods"].items():
-        low, high = (f"{100 * end:.0f}" for end in row["interval"])
         change = f"{row['bits_per_byte_before']:.3f} → {row['bits_per_byte_after']:.3f}"
-        lines.append(f"| {name} | {100 * row['accuracy']:.1f}% ({low}–{high}%) | {change} |")
-    return "\n".join(lines)
+        lines.append(f"| {name} | {percent(row)} | {change} |")
+    spans = results["methods"]["words and spans"]
+    said = (
+        f"{results['rows']:,} rows of {len(results['families'])} families, {results['dtype']}; a student of "
+        f"{results['parameters'] / 1e6:.0f}M parameters and {results['vocabulary']:,} tokens; {results['problems']} "
+        f"problems of dev, of which the expert solves {percent(results['teacher'])}."
+    )
+    divergence = (
+        f"From the first tenth of the steps to the last, the divergence over spans falls from "
+        f"{spans['spans_first']:.2f} to {spans['spans_last']:.2f} nats per completion token, of which those with a "
+        f"numeral are {spans['numerals_first']:.2f} at first and {spans['numerals_last']:.2f} at last."
+    )
+    return "\n".join([said, "", *lines, "", divergence])
 
 
 def main() -> None:
@@ -221,7 +237,7 @@ def main() -> None:
         results["methods"][name] = measure(model, trimmed, seen, unseen, problems, settings, params)
         print(name, results["methods"][name])
     write_json(RESULTS, results)
-    fill(ROOT / "docs/distillation.md", "cross", table(results))
+    fill(ROOT / "docs/distillation.md", "cross", section(results))
 
 
 if __name__ == "__main__":
