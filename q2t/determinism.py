@@ -22,7 +22,8 @@ def seed_everything(seed: int, compute: Compute) -> None:
     import numpy
     import torch
 
-    if compute.device == "cpu" and compute.dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    has_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if compute.device == "cpu" and compute.dtype == "bfloat16" and not has_bfloat16:
         raise ValueError(
             "compute.dtype is bfloat16, which this CPU has no instructions for (AVX-512 or AMX) and computes 20 times "
             "slower than float32: set it to float32 in params.yaml, or `dvc exp run -S compute.dtype=float32`"

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from q2t.config import Compute
+
 
 def run(main: Callable[[], None]) -> None:
     """Run a stage. What a user can put right is one clear message and status 1; a bug keeps its traceback."""
@@ -50,6 +52,11 @@ def root() -> Path:
 def is_main() -> bool:
     """Whether this is the one process that publishes and tracks; torchrun numbers those that it starts."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def own_device(compute: Compute) -> str:
+    """Where this process computes: with several GPUs, on the one that torchrun counts for it."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if compute.device == "cuda" else compute.device
 
 
 @contextmanager

@@ -31,6 +31,7 @@ def main() -> None:
             compute=params.compute,
             checkpoints=folder,
             curve=CURVE,
+            systems=params.systems,
         )
         if is_main():
             save_model(student, tokenizer, Path("models/student"))

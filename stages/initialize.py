@@ -25,8 +25,8 @@ def main() -> None:
         model, tokenizer = load_model(Path(settings.model)), load_tokenizer(Path(settings.model))
         # Ids are hashes, so the first rows are a random sample.
         sample = [row for row in examples if row.domain == "target"][: settings.calibration_rows]
-        influence = block_influence(model, calibration(encode(tokenizer, sample)))
-        model, layers = keep_layers(model, settings.layers, influence)
+        influence = block_influence(model.to(params.compute.device), calibration(encode(tokenizer, sample)))
+        model, layers = keep_layers(model.cpu(), settings.layers, influence)
         texts = prompts(tokenizer, examples) + [row.text for row in examples]
         trimmed = trim(tokenizer, texts, settings.vocabulary)
         save_model(slice_embeddings(model, trimmed.kept), trimmed.tokenizer, STUDENT)

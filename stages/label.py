@@ -54,6 +54,7 @@ def main() -> None:
                     batch_size=settings.batch_size,
                     to_student=torch.tensor(to_student),
                     student_tokenizer=student,
+                    systems=params.systems,
                 )
             labelled |= {row.id: row for row in rows}
             fingerprints[name] = fingerprint(folder)

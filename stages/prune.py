@@ -11,7 +11,7 @@ from q2t.distillation.course import learn
 from q2t.distillation.labels import read
 from q2t.records import Example, read_jsonl
 from q2t.sources import load_model, load_tokenizer, save_model
-from q2t.stage import checkpoints, is_main, run
+from q2t.stage import checkpoints, is_main, own_device, run
 from q2t.tracking import stage_run
 
 STUDENT = Path("models/student")
@@ -27,10 +27,10 @@ def main() -> None:
         model = load_model(STUDENT)
         # Ids are hashes, so the first rows are a random sample.
         sample = [row for row in rows if row.domain == "target"][: settings.calibration_rows]
-        importance = neuron_importance(model, calibration(sample))
+        importance = neuron_importance(model.to(own_device(params.compute)), calibration(sample))
         tokenizer = load_tokenizer(STUDENT)
         healed = learn(
-            cut(model, settings.intermediate, importance),
+            cut(model.cpu(), settings.intermediate, importance),
             tokenizer,
             rows,
             read_jsonl(Path("data/filtered/examples.jsonl"), Example),
@@ -39,6 +39,7 @@ def main() -> None:
             compute=params.compute,
             checkpoints=folder,
             curve=CURVE,
+            systems=params.systems,
         )
         if is_main():
             save_model(healed, tokenizer, Path("models/pruned"))

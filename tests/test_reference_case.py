@@ -20,6 +20,7 @@ from q2t.distillation.batches import calibration
 from q2t.distillation.course import learn
 from q2t.distillation.labels import encode, label, prompts
 from q2t.distillation.loop import train
+from q2t.distillation.online import OnlineTeacher
 from q2t.records import Example
 from q2t.sources import fetch, load_model, load_tokenizer, save_model
 
@@ -172,6 +173,35 @@ def test_gemmas_vocabulary_is_cut_and_its_text_is_not_resegmented(folders: dict[
         ids = trimmed.tokenizer(text, add_special_tokens=False).input_ids
         assert trimmed.tokenizer.decode(ids) == text
     assert trimmed.tokenizer("5 V").input_ids[0] == trimmed.to_student[2]  # <bos>, renumbered
+
+
+def test_a_teacher_reads_what_it_wrote_behind_its_system_prompt(folders: dict[str, Path]) -> None:
+    """And the student without."""
+    rows, systems = examples("r1"), {"r1": "Think first.", "gemma": "Never."}
+    tokenizer = load_tokenizer(folders["r1"])
+    plain, told = encode(tokenizer, rows), encode(tokenizer, rows, systems)
+    for without, behind in zip(plain, told, strict=True):
+        text = tokenizer.decode(behind.input_ids[: behind.prompt_length])
+        assert "Think first." in text and "Never." not in text
+        assert without.input_ids[without.prompt_length :].tolist() == behind.input_ids[behind.prompt_length :].tolist()
+
+    shared: dict[str, Any] = {"top_k": 8, "batch_size": 4, "to_student": None, "student_tokenizer": tokenizer}
+    model = load_model(folders["r1"])
+    labelled = [label(model, tokenizer, rows, **shared, systems=given)[0] for given in ({}, systems)]
+    assert labelled[0].input_ids.tolist() == labelled[1].input_ids.tolist()
+    with torch.no_grad():
+        ids = torch.tensor(told[0].input_ids[None]).long()
+        said = model(ids).logits[0, told[0].prompt_length - 1 : -1].log_softmax(-1).topk(8).values
+    torch.testing.assert_close(torch.tensor(labelled[1].top_logprobs).float(), said, rtol=1e-3, atol=1e-3)
+    assert (labelled[0].top_logprobs != labelled[1].top_logprobs).any()
+
+    student = load_tokenizer(folders["gemma"])
+    online = Online(teacher=str(folders["r1"]), spans="uld")
+    given = encode(student, rows), rows
+    teacher = OnlineTeacher(
+        online, load_model(folders["gemma"]), student, *given, seed=0, compute=COMPUTE, systems=systems
+    )
+    assert [teacher.rows[row.id].input_ids.tolist() for row in told] == [row.input_ids.tolist() for row in told]
 
 
 def test_from_r1_to_an_int8_gemma(folders: dict[str, Path], tmp_path: Path) -> None:

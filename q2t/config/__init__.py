@@ -244,6 +244,11 @@ class Params(Section):
     evaluate: Evaluate
     tracking: Tracking
 
+    @property
+    def systems(self) -> dict[str, str]:
+        """The system prompt of each teacher that has one, by name."""
+        return {name: teacher.system for name, teacher in self.teachers.items() if teacher.system}
+
     @model_validator(mode="after")
     def _teachers_are_watched(self) -> "Params":
         for name, section in (("distill", self.distill), ("prune", self.prune)):

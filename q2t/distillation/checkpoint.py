@@ -59,7 +59,7 @@ def resume(folder: Path, objective: Objective, optimizer: Any) -> tuple[int, lis
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             parameter.copy_(sharding.like(parameter, weights[name]))
-    state = torch.load(saved[step] / "optimizer.pt", weights_only=True)
+    state = torch.load(saved[step] / "optimizer.pt", weights_only=True, map_location="cpu")
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for place, moments in state["state"].items():
         for key, value in moments.items():

@@ -1,12 +1,12 @@
 """A training run as a section of params.yaml describes it: the loop, and the teachers that it asks for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from q2t.config import Compute, Distill
 from q2t.distillation import phases
-from q2t.distillation.labels import Row
+from q2t.distillation.labels import NO_SYSTEMS, Row
 from q2t.distillation.loop import train
 from q2t.distillation.on_policy import Sampler
 from q2t.distillation.online import OnlineTeacher
@@ -24,6 +24,7 @@ def learn(
     compute: Compute,
     checkpoints: Path,
     curve: Path,
+    systems: Mapping[str, str] = NO_SYSTEMS,
 ) -> Any:
     """`train`, with the seed of the settings and with what `online` and `on_policy` name, which is checked first.
 
@@ -31,6 +32,7 @@ def learn(
         tokenizer: the model's.
         examples: those of the rows, as text.
         to_student: [teacher vocabulary], student id or -1.
+        systems: the system prompt of each teacher that has one, by name.
 
     Raises:
         ValueError: as `train`, `OnlineTeacher` and `Sampler`.
@@ -45,7 +47,9 @@ def learn(
     if beside:
         assert settings.online
         learnt = [rows[i] for i in sorted(beside)]
-        teacher = OnlineTeacher(settings.online, model, tokenizer, learnt, examples, seed=seed, compute=compute)
+        teacher = OnlineTeacher(
+            settings.online, model, tokenizer, learnt, examples, seed=seed, compute=compute, systems=systems
+        )
     return train(
         model,
         rows,

@@ -2,9 +2,10 @@
 ids."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 STEPS = "top_logprob_steps"
 """Column of the log-probabilities, see `write`."""
+NO_SYSTEMS: Mapping[str, str] = MappingProxyType({})
 CHUNK = 256
 """Positions whose logits exist at one time."""
 
@@ -51,24 +53,32 @@ class Row:
         return len(self.input_ids) - self.prompt_length
 
 
-def prompts(tokenizer: Any, examples: Sequence[Example]) -> list[str]:
-    """The questions in the model's chat template, up to where the answers begin."""
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": example.question}], tokenize=False, add_generation_prompt=True
-        )
-        for example in examples
-    ]
+def prompts(tokenizer: Any, examples: Sequence[Example], systems: Mapping[str, str] = NO_SYSTEMS) -> list[str]:
+    """The questions in the model's chat template, up to where the answers begin.
+
+    Args:
+        systems: the system prompt of each teacher that has one, by name: for a row that it wrote.
+    """
+    asked = []
+    for example in examples:
+        messages = [{"role": "user", "content": example.question}]
+        if system := systems.get(example.teacher):
+            messages.insert(0, {"role": "system", "content": system})
+        asked.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return asked
 
 
-def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Row]:
+def encode(tokenizer: Any, examples: Sequence[Example], systems: Mapping[str, str] = NO_SYSTEMS) -> list[Row]:
     """Rows without labels: the prompt as at generation, then text and eos.
 
     Prompt and completion are segmented apart, since a model that answers has its prompt segmented alone.
+
+    Args:
+        systems: as for `prompts`; for a teacher, which answered so, and never for a student.
     """
     if not examples:
         return []
-    asked = tokenizer(prompts(tokenizer, examples), add_special_tokens=False).input_ids
+    asked = tokenizer(prompts(tokenizer, examples, systems), add_special_tokens=False).input_ids
     written = tokenizer([e.text for e in examples], add_special_tokens=False, return_offsets_mapping=True)
     rows = []
     for example, prompt, completion, offsets in zip(
@@ -90,6 +100,7 @@ def label(
     batch_size: int,
     to_student: "Tensor | None",
     student_tokenizer: Any,
+    systems: Mapping[str, str] = NO_SYSTEMS,
 ) -> list[Row]:
     """Rows with the log-probabilities of `model`, which wrote them, in the order of the examples.
 
@@ -100,6 +111,7 @@ def label(
         batch_size: rows per forward pass.
         to_student: [teacher vocabulary], student id or -1; None if the ids are the same.
         student_tokenizer: has to give the mapped ids on every row.
+        systems: as for `encode`, of the writer's.
 
     Raises:
         ValueError: a row is segmented otherwise by the student; names the row. Or top_k is not smaller than
@@ -110,12 +122,12 @@ def label(
 
     from q2t.distillation.batches import collate, predicting_states
 
-    rows = encode(tokenizer, examples)
+    rows = encode(tokenizer, examples, systems)
     student_rows = encode(student_tokenizer, examples)
     head = model.get_output_embeddings().weight
     device = head.device
     to_student = torch.arange(len(head)) if to_student is None else to_student.cpu()
-    _check_segmentation(rows, student_rows, to_student.numpy(), student_tokenizer)
+    _check_segmentation(encode(tokenizer, examples), student_rows, to_student.numpy(), student_tokenizer)
 
     of_teacher = (to_student >= 0).nonzero().squeeze(1)
     if top_k >= len(of_teacher):

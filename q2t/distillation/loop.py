@@ -198,7 +198,7 @@ def accumulate(
         accelerator.backward(total * 0.0)
     if accelerator.num_processes > 1:
         if not sharded:
-            _add_up(objective, accelerator)
+            _add_up(objective if settings.online else objective.student, accelerator)
         sums = _reduced(sums, accelerator)
     if not all(map(math.isfinite, sums)):
         raise _not_finite("loss", sums[0], step, wrong or [row for micro in micro_batches for row in micro])
@@ -218,20 +218,24 @@ def is_spike(norm: float, earlier: Sequence[float], factor: float | None) -> boo
 def _accelerator(compute: Compute) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 
     # A process may train twice with other settings, and accelerate would keep the first ones.
     AcceleratorState._reset_state(reset_partial_state=True)
     precision = "bf16" if compute.dtype == "bfloat16" else "no"
-    # The others wait while the first one samples and labels the student's own answers.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    handlers = [
+        # The others wait while the first one samples and labels the student's own answers.
+        InitProcessGroupKwargs(timeout=timedelta(days=1)),
+        # Cached, the bfloat16 copies of all layers would stay in memory, where shards have one layer whole at a time.
+        AutocastKwargs(cache_enabled=not sharding.asked_for()),
+    ]
     cpu = torch.device(compute.device).type == "cpu"
-    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
 
 
-def _add_up(objective: Objective, accelerator: Any) -> None:
+def _add_up(module: torch.nn.Module, accelerator: Any) -> None:
     """Sum of the gradients of all processes, which every process then has."""
-    for parameter in objective.parameters():
+    for parameter in module.parameters():
         if parameter.requires_grad:
             own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = accelerator.reduce(own, "sum")

@@ -1,7 +1,7 @@
 """A teacher that is run beside the student, for what stored labels can't hold: hidden states, attention maps, and
 what it says in tokens of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from q2t.config import Compute, Online
 from q2t.distillation import features, span_losses
 from q2t.distillation.alignment import Vocabulary, align_rows, same_vocabulary
 from q2t.distillation.batches import Batch, collate
-from q2t.distillation.labels import Row, encode
+from q2t.distillation.labels import NO_SYSTEMS, Row, encode
 from q2t.distillation.losses import LOGITS
 from q2t.records import Example
 from q2t.sources import load_model, load_tokenizer
@@ -42,6 +42,7 @@ class OnlineTeacher:
         *,
         seed: int,
         compute: Compute,
+        systems: Mapping[str, str] = NO_SYSTEMS,
     ) -> None:
         """Load the teacher and read the rows as it does.
 
@@ -50,6 +51,8 @@ class OnlineTeacher:
             rows: those that are learnt from.
             examples: theirs.
             seed: of the projections.
+            systems: as for `labels.encode`: what a row's writer was told before the question. With `spans` alone, where
+                the teacher reads rows of its own.
 
         Raises:
             ValueError: no model folder, a layer that a model doesn't have, tokens that don't fit the loss, or a row
@@ -79,7 +82,7 @@ class OnlineTeacher:
                     "leave it out, stored labels compare them token by token"
                 )
             self.vocabularies = Vocabulary(tokenizer), Vocabulary(theirs)
-            of_teacher = encode(theirs, examples)
+            of_teacher = encode(theirs, examples, systems)
         else:
             of_teacher = features.in_teacher_ids(rows, tokenizer, theirs)
         self.rows = {row.id: row for row in of_teacher}
