@@ -30,6 +30,8 @@ PEAK, BANDWIDTH = 989e12, 3.35e12
 """Of an H100 SXM: bf16 operations and bytes a second, as its data sheet says."""
 STATE = 16
 """Bytes a parameter: weight, gradient and two moments in float32."""
+DRAW = 0.17
+"""Seconds that one CPU core takes to draw 64 tokens of 151,936, as the runtime does."""
 PROMPT = 128
 """Tokens of a question, system prompt included."""
 
@@ -88,6 +90,13 @@ def gemma(layers: int = 34, intermediate: int = 10_240, vocabulary: int = 262_20
     return counted(Gemma3ForCausalLM(shape))
 
 
+class Lengths(NamedTuple):
+    """Of answers, in tokens."""
+
+    mean: int
+    longest: int
+
+
 class Step(NamedTuple):
     name: str
     gigabytes: float
@@ -96,29 +105,37 @@ class Step(NamedTuple):
     """Of one device that does all."""
 
 
-def generation(name: str, model: Model, answers: int, length: int, batch: int, share: float) -> Step:
-    """Answers in batches: the prompts at the device's peak, then a token of each answer at a time."""
-    compute = 2 * (model.inner + model.head) * answers * (PROMPT + length) / PEAK
-    context = PROMPT + length / 2
-    bytes_moved = answers / batch * length * (2 * model.parameters + batch * context * model.cache)
-    gigabytes = (2 * model.parameters + batch * (PROMPT + length) * model.cache) / 1e9
-    return Step(name, gigabytes, max(compute, bytes_moved / BANDWIDTH) / share / 3600)
+def generation(name: str, model: Model, answers: int, lengths: Lengths, batch: int, share: float, draw: float) -> Step:
+    """Answers in batches, each as many steps as its longest takes: reads all weights, and the cache of half a text.
+
+    Args:
+        draw: seconds a step that the CPU takes to draw the next tokens, with no share.
+    """
+    steps = answers / batch * lengths.longest
+    compute = 2 * (model.inner + model.head) * answers * (PROMPT + lengths.mean) / PEAK
+    read = steps * (2 * model.parameters + batch * (PROMPT + lengths.longest / 2) * model.cache) / BANDWIDTH
+    gigabytes = (2 * model.parameters + batch * (PROMPT + lengths.longest) * model.cache) / 1e9
+    return Step(name, gigabytes, (max(compute, read) / share + steps * draw) / 3600)
 
 
 def training(
-    name: str, student: Model, teacher: Model, rows: int, length: int, epochs: int, gpus: int, share: float
+    name: str, student: Model, teacher: Model, rows: int, lengths: Lengths, epochs: int, gpus: int, share: float
 ) -> Step:
-    """With checkpointed activations: forward twice, backward, and the teacher's forward beside it."""
-    tokens, completions = rows * epochs * (PROMPT + length), rows * epochs * length
-    learnt = 8 * student.inner * tokens + 6 * student.head * completions
-    taught = 2 * teacher.inner * tokens + 2 * teacher.head * completions
-    kept = MICRO_BATCH * (PROMPT + length) * student.layers * student.hidden * 4
-    gathered = 2 * 4 * (student.head + student.inner // student.layers)
+    """With checkpointed activations: forward twice, backward, and the teacher's forward beside it.
+
+    The head runs for the words and for the spans, where it and the teacher's run again for the gradient.
+    """
+    tokens, completions = rows * epochs * (PROMPT + lengths.mean), rows * epochs * lengths.mean
+    learnt = 8 * student.inner * tokens + 14 * student.head * completions
+    taught = 2 * teacher.inner * tokens + 4 * teacher.head * completions
+    kept = MICRO_BATCH * (PROMPT + lengths.longest) * student.layers * student.hidden * 4
+    # The head is whole twice, weights and gradient; its gradient once more while it is scaled, and in bfloat16.
+    gathered = 4 * (4.5 * student.head + 2 * student.inner / student.layers)
     memory = STATE * student.parameters / gpus + gathered + 2 * teacher.parameters + kept + 4 * 4 * LOGITS
     return Step(name, memory / 1e9, (learnt + taught) / PEAK / share / 3600)
 
 
-def steps(params: Params, length: int, kept: float, gpus: int, share: float) -> list[Step]:
+def steps(params: Params, length: int, kept: float, gpus: int, share: float, draw: float) -> list[Step]:
     teacher = r1()
     cut = params.initialize.layers, params.prune.intermediate, params.initialize.vocabulary
     student = gemma(cut[0], vocabulary=cut[2])
@@ -129,12 +146,13 @@ def steps(params: Params, length: int, kept: float, gpus: int, share: float) -> 
     rows = round(answers * kept)
     asked = len(params.capability.families) * params.capability.test
     size = expert.batch_size
+    lengths, greedy = Lengths(length, expert.max_new_tokens), 0.0
     return [
-        generation(f"generate: {answers:,} answers", teacher, answers, length, size, share),
-        training("distill", student, teacher, rows, length, params.distill.epochs, gpus, share),
-        training("prune, heal", pruned, teacher, rows, length, params.prune.epochs, gpus, share),
-        generation("evaluate: teacher", teacher, asked, length, size, share),
-        generation("evaluate: pruned student", pruned, asked, length, size, share),
+        generation(f"generate: {answers:,} answers", teacher, answers, lengths, size, share, draw),
+        training("distill", student, teacher, rows, lengths, params.distill.epochs, gpus, share),
+        training("prune, heal", pruned, teacher, rows, lengths, params.prune.epochs, gpus, share),
+        generation("evaluate: teacher", teacher, asked, lengths, size, share, greedy),
+        generation("evaluate: pruned student", pruned, asked, lengths, size, share, greedy),
     ]
 
 
@@ -155,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=1024, help="tokens of an answer")
     parser.add_argument("--kept", type=float, default=0.5, help="share of the answers that are learnt from")
+    parser.add_argument("--draw", type=float, default=DRAW, help="seconds to draw a batch's next tokens, on the CPU")
     parser.add_argument("--gpus", type=int, default=8, help="that share distill and prune")
     parser.add_argument("--price", type=float, default=3.0, help="dollars a GPU hour")
     given = parser.parse_args()
@@ -165,12 +184,13 @@ def main() -> None:
         profile.apply("r1-gemma", path)
         params = load(path)
     with torch.device("meta"):
-        rows = steps(params, given.length, given.kept, given.gpus, share)
+        rows = steps(params, given.length, given.kept, given.gpus, share, given.draw)
         sizes = [f"{model.parameters / 1e9:.2f}" for model in (r1(), gemma())]
     said = (
         f"The teacher has {sizes[0]} billion parameters, gemma {sizes[1]}. Answers of {given.length:,} tokens, "
         f"{given.kept:.0%} of them kept, {given.gpus} devices for distill and prune and one for the rest, "
-        f"{given.price:.2f} $ an hour, {share:.0%} of the peak:"
+        f"{given.price:.2f} $ an hour, {share:.0%} of the peak. A batch lasts as long as its longest answer, taken as "
+        "max_new_tokens; the general prompts, `label` and the other models of `evaluate` come on top:"
     )
     fill(ROOT / "docs/distillation.md", "reference", f"{said}\n\n{table(rows, given.gpus, given.price)}")
 

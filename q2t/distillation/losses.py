@@ -109,7 +109,7 @@ def completion_loss(
 
     A token without labels (top_ids -1) has no divergence, whatever its weight. Logits exist for `chunk`
     tokens at a time: their gradient has a closed form and is taken in the same pass, so nothing is kept or
-    computed twice. Under autocast the matrix products run in its dtype, all else in float32.
+    computed twice; the graph is good for one backward. Under autocast the matrix products run in its dtype, all else in float32.
 
     Args:
         hidden: [tokens, width], of the positions that predict `targets`.
@@ -151,6 +151,7 @@ class _CompletionLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head_weight) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(4, dtype=exact, device=hidden.device)
         labelled = (top_ids >= 0).any(1)
+        rows = max(1, LOGITS // head_weight.shape[1])
         with torch.autocast(device, enabled=False):
             head = head_weight.to(dtype)
             for has_labels, index in _chunks(labelled, chunk):
@@ -173,8 +174,10 @@ class _CompletionLoss(torch.autograd.Function):
                 gradient = logits.to(dtype)
                 grad_hidden[index] = (gradient @ head)[: len(index)].to(hidden.dtype)
                 if grad_head is not None:
-                    grad_head += gradient.T @ inputs
-        ctx.save_for_backward(grad_hidden, grad_head)
+                    # By parts of the vocabulary: the whole product would be a second head in memory.
+                    for part in range(0, len(head), rows):
+                        grad_head[part : part + rows] += gradient[:, part : part + rows].T @ inputs
+        ctx.gradients = grad_hidden, grad_head
         terms = sums.unbind()
         ctx.mark_non_differentiable(*terms)
         return terms[2] + terms[3], *terms
@@ -182,9 +185,11 @@ class _CompletionLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
+        assert ctx.gradients, "scaled in place, they are good for one backward"
+        grad_hidden, grad_head = ctx.gradients
+        ctx.gradients = None
         scale = grad_total.to(grad_hidden.dtype)
-        return grad_hidden * scale, None if grad_head is None else grad_head * scale, *[None] * 5
+        return grad_hidden.mul_(scale), None if grad_head is None else grad_head.mul_(scale), *[None] * 5
 
 
 def _to_gradient(
