@@ -109,7 +109,8 @@ def completion_loss(
 
     A token without labels (top_ids -1) has no divergence, whatever its weight. Logits exist for `chunk`
     tokens at a time: their gradient has a closed form and is taken in the same pass, so nothing is kept or
-    computed twice; the graph is good for one backward. Under autocast the matrix products run in its dtype, all else in float32.
+    computed twice. It is good for one backward. Under autocast the matrix products run in its dtype, all else in
+    float32.
 
     Args:
         hidden: [tokens, width], of the positions that predict `targets`.
