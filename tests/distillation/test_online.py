@@ -67,6 +67,7 @@ def beside(tokenizer: Any, examples: Any, compute: Any, tmp_path: Path) -> Any:
 
 def gradients(student: Any, teacher: OnlineTeacher, split: list[list[Any]], settings: Any, accelerator: Any) -> Any:
     student.zero_grad()
+    settings = settings.model_copy(update={"online": teacher.settings})
     losses = loop.accumulate(Objective(student, teacher), split, settings, accelerator)
     return losses, [parameter.grad.clone() for parameter in student.parameters()]
 
