@@ -98,4 +98,5 @@ def test_every_profile_fits(tmp_path, profile):
 
     (tmp_path / "params.yaml").write_text(PARAMS.read_text())
     assert apply(profile, tmp_path / "params.yaml")
-    load(tmp_path / "params.yaml")
+    params = load(tmp_path / "params.yaml")
+    assert list(params.systems) == (["expert"] if profile == "r1-gemma" else [])

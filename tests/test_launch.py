@@ -6,7 +6,9 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from q2t.config import Compute
 from q2t.distillation import sharding
+from q2t.stage import own_device
 
 LAUNCH = Path(__file__).resolve().parents[1] / "q2t/launch"
 
@@ -28,3 +30,11 @@ def test_a_configuration_starts_eight_processes(name, sharded, monkeypatch):
 
 def test_all_configurations_are_tested():
     assert {path.stem for path in LAUNCH.glob("*.yaml")} == {"ddp", "fsdp2"}
+
+
+@pytest.mark.parametrize("device, rank, own", [("cuda", "3", "cuda:3"), ("cuda", None, "cuda:0"), ("cpu", "3", "cpu")])
+def test_a_process_computes_on_its_own_device(device, rank, own, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert own_device(Compute(threads=1, dtype="float32", device=device)) == own
