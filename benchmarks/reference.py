@@ -103,6 +103,7 @@ class Step(NamedTuple):
     """Of a device."""
     hours: float
     """Of one device that does all."""
+    devices: int = 1
 
 
 def generation(name: str, model: Model, answers: int, lengths: Lengths, batch: int, share: float, draw: float) -> Step:
@@ -129,10 +130,10 @@ def training(
     learnt = 8 * student.inner * tokens + 14 * student.head * completions
     taught = 2 * teacher.inner * tokens + 4 * teacher.head * completions
     kept = MICRO_BATCH * (PROMPT + lengths.longest) * student.layers * student.hidden * 4
-    # The head is whole twice, weights and gradient; its gradient once more while it is scaled, and in bfloat16.
-    gathered = 4 * (4.5 * student.head + 2 * student.inner / student.layers)
+    # Weights and gradient of the head and of a layer are whole, and the head in bfloat16 too.
+    gathered = 4 * (2.5 * student.head + 2 * student.inner / student.layers)
     memory = STATE * student.parameters / gpus + gathered + 2 * teacher.parameters + kept + 4 * 4 * LOGITS
-    return Step(name, memory / 1e9, (learnt + taught) / PEAK / share / 3600)
+    return Step(name, memory / 1e9, (learnt + taught) / PEAK / share / 3600, gpus)
 
 
 def steps(params: Params, length: int, kept: float, gpus: int, share: float, draw: float) -> list[Step]:
@@ -156,15 +157,14 @@ def steps(params: Params, length: int, kept: float, gpus: int, share: float, dra
     ]
 
 
-def table(rows: list[Step], gpus: int, price: float) -> str:
+def table(rows: list[Step], price: float) -> str:
     lines = ["| Step | GB a device | GPU hours | Hours | Cost |", "|:--|--:|--:|--:|--:|"]
     total = 0.0
     for row in rows:
-        parallel = gpus if row.name.startswith(("distill", "prune")) else 1
         cost = row.hours * price
         total += cost
         lines.append(
-            f"| {row.name} | {row.gigabytes:.0f} | {row.hours:.2f} | {row.hours / parallel:.2f} | {cost:,.0f} $ |"
+            f"| {row.name} | {row.gigabytes:.0f} | {row.hours:.2f} | {row.hours / row.devices:.2f} | {cost:,.0f} $ |"
         )
     return "\n".join([*lines, f"| together | | {sum(r.hours for r in rows):.2f} | | {total:,.0f} $ |"])
 
@@ -192,7 +192,7 @@ def main() -> None:
         f"{given.price:.2f} $ an hour, {share:.0%} of the peak. A batch lasts as long as its longest answer, taken as "
         "max_new_tokens; the general prompts, `label` and the other models of `evaluate` come on top:"
     )
-    fill(ROOT / "docs/distillation.md", "reference", f"{said}\n\n{table(rows, given.gpus, given.price)}")
+    fill(ROOT / "docs/distillation.md", "reference", f"{said}\n\n{table(rows, given.price)}")
 
 
 if __name__ == "__main__":

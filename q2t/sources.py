@@ -198,6 +198,14 @@ def _content(token: Any) -> Any:
     return token["content"] if isinstance(token, dict) else token
 
 
+def chat_prompt(tokenizer: Any, question: str, system: str = "") -> str:
+    """The question in the model's chat template, up to where the answer begins."""
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": question})
+    rendered: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return rendered
+
+
 def load_model(folder: Path, dtype: str = "float32") -> Any:
     """A causal language model from a model folder, in evaluation mode and on the CPU.
 

@@ -144,8 +144,8 @@ class Distill(Optimizer):
     sparsity: float = Field(ge=0)
     """Strength of an L1 penalty on feed-forward neurons, for a later cut; see `distillation.adapters.shrink`."""
     gradient_checkpointing: bool
-    """Whether activations inside a block are computed again for the gradient and not kept: a third more time, and the
-    memory of long rows."""
+    """Whether activations inside a block are computed again for the gradient and not kept: one more forward pass, and
+    little memory for long rows."""
     adapter: Adapter | None
     """null trains the weights themselves."""
     freeze: list[str]

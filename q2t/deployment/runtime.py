@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from q2t.config import Compute
-from q2t.sources import load_model, load_tokenizer
+from q2t.sources import chat_prompt, load_model, load_tokenizer
 
 ONNX_FILE = "model.onnx"
 NUCLEUS = 256
@@ -128,10 +128,7 @@ class Runtime:
 
     def prompt(self, question: str, system: str = "") -> str:
         """The question in the model's chat template, up to where the answer begins."""
-        turns = [{"role": "system", "content": system}] if system else []
-        turns.append({"role": "user", "content": question})
-        prompt: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return prompt
+        return chat_prompt(self.tokenizer, question, system)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids. A template writes all special tokens itself: a tokenizer that adds <bos> would write it twice."""

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from q2t.records import Example
+from q2t.sources import chat_prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,13 +60,7 @@ def prompts(tokenizer: Any, examples: Sequence[Example], systems: Mapping[str, s
     Args:
         systems: the system prompt of each teacher that has one, by name: for a row that it wrote.
     """
-    asked = []
-    for example in examples:
-        messages = [{"role": "user", "content": example.question}]
-        if system := systems.get(example.teacher):
-            messages.insert(0, {"role": "system", "content": system})
-        asked.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    return asked
+    return [chat_prompt(tokenizer, example.question, systems.get(example.teacher, "")) for example in examples]
 
 
 def encode(tokenizer: Any, examples: Sequence[Example], systems: Mapping[str, str] = NO_SYSTEMS) -> list[Row]:
@@ -122,12 +117,13 @@ def label(
 
     from q2t.distillation.batches import collate, predicting_states
 
-    rows = encode(tokenizer, examples, systems)
+    plain = encode(tokenizer, examples)
+    rows = encode(tokenizer, examples, systems) if systems else plain
     student_rows = encode(student_tokenizer, examples)
     head = model.get_output_embeddings().weight
     device = head.device
     to_student = torch.arange(len(head)) if to_student is None else to_student.cpu()
-    _check_segmentation(encode(tokenizer, examples), student_rows, to_student.numpy(), student_tokenizer)
+    _check_segmentation(plain, student_rows, to_student.numpy(), student_tokenizer)
 
     of_teacher = (to_student >= 0).nonzero().squeeze(1)
     if top_k >= len(of_teacher):

@@ -21,7 +21,8 @@ def asked_for() -> bool:
 
 
 def check(settings: Distill) -> None:
-    """
+    """Refuse what FSDP can't train.
+
     Raises:
         ValueError: the run needs a student that is whole between steps.
     """

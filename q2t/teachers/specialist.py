@@ -7,6 +7,7 @@ from typing import Any
 
 from q2t.config import Compute, Specialize
 from q2t.records import Problem
+from q2t.sources import chat_prompt
 
 MICRO_BATCH = 4
 """Rows that go through the model at once. A step adds up several such groups, each of rows near in length, so that
@@ -82,12 +83,7 @@ def specialize(
                 logits = model.lm_head(hidden[learnt]).float()
                 return cross_entropy(logits, labels[learnt], reduction="sum") / num_items_in_batch
 
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": lesson.question}], tokenize=False, add_generation_prompt=True
-        )
-        for lesson in lessons
-    ]
+    prompts = [chat_prompt(tokenizer, lesson.question) for lesson in lessons]
     # Not by the trainer: a tokenizer that begins every text with <bos> would write a second one behind the template's.
     asked = tokenizer(prompts, add_special_tokens=False).input_ids
     solved = tokenizer([lesson.solution for lesson in lessons], add_special_tokens=False).input_ids

@@ -1,5 +1,6 @@
 """Two processes that share the steps of a run, or the weights too, started by torchrun as `accelerate launch` does."""
 
+import json
 import os
 import signal
 import subprocess
@@ -18,13 +19,13 @@ ON_POLICY = OnPolicy(teacher="models/teacher", max_new_tokens=8, batch_size=4, t
 ROWS = 20
 """In steps of eight, each of two micro-batches but the last: it leaves the second process nothing to do."""
 CHILD = f"""
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from conftest import SETTINGS, make_rows, tiny_model, weights
 from q2t.config import Compute
 from q2t.distillation import checkpoint, loop, sharding
-folder, at, more = Path(sys.argv[1]), int(sys.argv[3]), eval(sys.argv[4])
+folder, at, more = Path(sys.argv[1]), int(sys.argv[3]), json.loads(sys.argv[4])
 save = checkpoint.save
 def dying(checkpoints, step, objective, *rest, write):
     own = sum(getattr(p, "_local_tensor", p).numel() for p in objective.parameters())
@@ -53,7 +54,7 @@ def launch(folder: Path, die_at: int = 0, sharded: bool = False, **more: Any) ->
     environment = (
         os.environ | {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1"} | (SHARDED if sharded else {})
     )
-    command = [*starter, str(script), str(folder), str(here), str(die_at), repr(more)]
+    command = [*starter, str(script), str(folder), str(here), str(die_at), json.dumps(more)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
