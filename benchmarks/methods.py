@@ -21,7 +21,8 @@ from q2t.config import Adapter, Distill, Online, OnPolicy, Phase, load
 from q2t.determinism import seed_everything
 from q2t.distillation import batches, losses
 from q2t.distillation.course import learn
-from q2t.distillation.labels import Row, read
+from q2t.distillation.labels import read
+from q2t.distillation.rows import Row
 from q2t.readme import fill
 from q2t.records import Example, read_jsonl, write_json
 from q2t.sources import load_model, load_tokenizer

@@ -99,7 +99,7 @@ def example_frame(rows: Iterable[Example]) -> "pd.DataFrame":
 
 
 def label_frame(rows: Iterable[Any]) -> "pd.DataFrame":
-    """One row per labelled row (`distillation.labels.Row`): numbers that tell whether its arrays fit."""
+    """One row per labelled row (`distillation.rows.Row`): numbers that tell whether its arrays fit."""
     import numpy as np
     import pandas as pd
 

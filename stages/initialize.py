@@ -7,7 +7,7 @@ from q2t.compression.vocabulary import slice_embeddings, trim
 from q2t.config import load
 from q2t.determinism import seed_everything
 from q2t.distillation.batches import calibration
-from q2t.distillation.labels import encode, prompts
+from q2t.distillation.rows import encode, prompts
 from q2t.records import Example, read_jsonl, write_json
 from q2t.sources import load_model, load_tokenizer, save_model
 from q2t.stage import run

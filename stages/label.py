@@ -10,7 +10,8 @@ from q2t import quality
 from q2t.config import load
 from q2t.determinism import seed_everything
 from q2t.distillation.alignment import difference
-from q2t.distillation.labels import Row, encode, label, write
+from q2t.distillation.labels import label, write
+from q2t.distillation.rows import Row, encode
 from q2t.records import Example, read_jsonl, write_json
 from q2t.sources import fingerprint, load_model, load_tokenizer
 from q2t.stage import run

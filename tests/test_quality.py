@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from q2t import quality
-from q2t.distillation.labels import Row
+from q2t.distillation.rows import Row
 from q2t.records import Completion, Example, Problem, content_id
 
 FAMILIES = ("led", "rc")

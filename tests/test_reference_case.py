@@ -18,9 +18,10 @@ from q2t.deployment.runtime import Request
 from q2t.deployment.runtime import load as load_runtime
 from q2t.distillation.batches import calibration
 from q2t.distillation.course import learn
-from q2t.distillation.labels import encode, label, prompts
+from q2t.distillation.labels import label
 from q2t.distillation.loop import train
 from q2t.distillation.online import OnlineTeacher
+from q2t.distillation.rows import encode, prompts
 from q2t.records import Example
 from q2t.sources import fetch, load_model, load_tokenizer, save_model
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from q2t.distillation.labels import Row
+from q2t.distillation.rows import Row
 
 INSTEAD = "leave online.spans out, and the teacher's words alone are learnt from (sequence-level)"
 

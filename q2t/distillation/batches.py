@@ -6,14 +6,13 @@ mask is needed. What is padding is known from the lengths, never from an id, so 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from q2t.distillation.labels import Row
+from q2t.distillation.rows import Row
 
 BUCKET = 32
 """Lengths are padded to multiples of this: oneDNN keeps a primitive and its memory per shape."""
@@ -44,7 +43,7 @@ class Batch:
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def collate(rows: Sequence["Row"]) -> Batch:
+def collate(rows: Sequence[Row]) -> Batch:
     """Pad rows to the right, to the next multiple of BUCKET."""
     lengths = [len(row.input_ids) for row in rows]
     shape = (len(rows), -(-max(lengths) // BUCKET) * BUCKET)
@@ -73,7 +72,7 @@ def collate(rows: Sequence["Row"]) -> Batch:
     return Batch(*map(torch.from_numpy, arrays))
 
 
-def calibration(rows: Sequence["Row"], size: int = 16) -> Iterator[dict[str, Tensor]]:
+def calibration(rows: Sequence[Row], size: int = 16) -> Iterator[dict[str, Tensor]]:
     """The rows as q2t.compression takes them: input_ids and attention_mask [rows, length], padded to the right."""
     for start in range(0, len(rows), size):
         chosen = rows[start : start + size]

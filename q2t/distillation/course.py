@@ -6,10 +6,10 @@ from typing import Any
 
 from q2t.config import Compute, Distill
 from q2t.distillation import phases
-from q2t.distillation.labels import NO_SYSTEMS, Row
 from q2t.distillation.loop import train
 from q2t.distillation.on_policy import Sampler
 from q2t.distillation.online import OnlineTeacher
+from q2t.distillation.rows import NO_SYSTEMS, Row
 from q2t.records import Example
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from q2t.distillation.batches import Batch
-from q2t.distillation.labels import Row
+from q2t.distillation.rows import Row
 
 LayerMap = Sequence[Sequence[int]]
 """Pairs of a student layer and the teacher layer that it imitates. Layer n is the output of the n-th block, 0 the

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from q2t.config import Compute, Distill, OnPolicy
 from q2t.distillation import adapters, checkpoint, labels, phases, sharding, weighting
-from q2t.distillation.labels import Row
 from q2t.distillation.objective import Losses, Objective
 from q2t.distillation.online import OnlineTeacher
+from q2t.distillation.rows import Row
 
 CURVE = ("step", "loss", "cross_entropy", "kl", "learning_rate", "gradient_norm")
 MOVING = ("weighted_cross_entropy", "weighted_kl", "phase", "skipped")

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from q2t.config import Distill
 from q2t.distillation import batches, weighting
-from q2t.distillation.labels import Row
 from q2t.distillation.losses import LOGITS, completion_loss
 from q2t.distillation.online import OnlineTeacher
+from q2t.distillation.rows import Row
 
 
 class Losses(NamedTuple):

@@ -19,7 +19,8 @@ from q2t.config import Compute, OnPolicy
 from q2t.deployment.runtime import Request, load
 from q2t.distillation.adapters import merge
 from q2t.distillation.alignment import difference
-from q2t.distillation.labels import Row, encode, label
+from q2t.distillation.labels import label
+from q2t.distillation.rows import Row, encode
 from q2t.records import Completion, Example, content_id
 from q2t.sources import load_model, load_tokenizer, save_model
 from q2t.teachers.journal import Journal

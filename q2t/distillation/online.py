@@ -12,8 +12,8 @@ from q2t.config import Compute, Online
 from q2t.distillation import features, span_losses
 from q2t.distillation.alignment import Vocabulary, align_rows, same_vocabulary
 from q2t.distillation.batches import Batch, collate
-from q2t.distillation.labels import NO_SYSTEMS, Row, encode
 from q2t.distillation.losses import LOGITS
+from q2t.distillation.rows import NO_SYSTEMS, Row, encode
 from q2t.records import Example
 from q2t.sources import load_model, load_tokenizer
 
@@ -51,7 +51,7 @@ class OnlineTeacher:
             rows: those that are learnt from.
             examples: theirs.
             seed: of the projections.
-            systems: as for `labels.encode`: what a row's writer was told before the question. With `spans` alone, where
+            systems: as for `rows.encode`: what a row's writer was told before the question. With `spans` alone, where
                 the teacher reads rows of its own.
 
         Raises:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from q2t.config import Distill
 from q2t.distillation import batches
-from q2t.distillation.labels import Row
+from q2t.distillation.rows import Row
 from q2t.records import content_id
 
 MICRO_BATCH = 4

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from q2t.config import Distill
 from q2t.distillation.batches import Batch
-from q2t.distillation.labels import Row
 from q2t.distillation.losses import cross_entropy
+from q2t.distillation.rows import Row
 
 LIMIT = 100.0
 """Of `balance`, up and down: a divergence near 0 needs no weight without bounds."""

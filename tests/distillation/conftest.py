@@ -11,8 +11,8 @@ from safetensors.torch import save_model
 
 from q2t.config import Compute, Distill
 from q2t.distillation import loop
-from q2t.distillation.labels import Row
 from q2t.distillation.objective import Objective
+from q2t.distillation.rows import Row
 from q2t.records import Example
 
 VOCABULARY = 300

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from q2t.distillation.alignment import Vocabulary, align, align_rows, difference, overlap, same_vocabulary
-from q2t.distillation.labels import Row
+from q2t.distillation.rows import Row
 
 CORPUS = [
     "The resistor is 4700 ohm and the supply is 12.5 V; take 4.7k, 47k or 470.",

@@ -19,7 +19,7 @@ from q2t.distillation.features import (
     in_teacher_ids,
     teacher_states,
 )
-from q2t.distillation.labels import encode
+from q2t.distillation.rows import encode
 from q2t.smollm import train_tokenizer
 
 LAYERS = [0, 1, 2, 3]
@@ -274,7 +274,7 @@ def test_other_tokens_are_refused(examples, tokenizer):
 
 
 def test_as_many_tokens_are_not_the_same_tokens():
-    from q2t.distillation.labels import Row
+    from q2t.distillation.rows import Row
 
     student, teacher = (train_tokenizer([f"{pair} "] * 9, 260) for pair in ("ab", "bc"))
     ids = student("xabc").input_ids

@@ -17,14 +17,15 @@ from tokenizers import Tokenizer
 from q2t.distillation import labels
 from q2t.distillation.batches import collate
 from q2t.distillation.losses import completion_loss
+from q2t.distillation.rows import Row, encode
 
 
-def call(model: Any, teacher: Any, examples: Any, **changed: Any) -> list[labels.Row]:
+def call(model: Any, teacher: Any, examples: Any, **changed: Any) -> list[Row]:
     arguments = {"top_k": 20, "batch_size": 3, "to_student": None, "student_tokenizer": teacher}
     return labels.label(model, teacher, examples, **(arguments | changed))
 
 
-def loss_of(model: Any, rows: list[labels.Row], temperature: float = 1.0, how: Any = ("forward_kl", 0.5)) -> Any:
+def loss_of(model: Any, rows: list[Row], temperature: float = 1.0, how: Any = ("forward_kl", 0.5)) -> Any:
     """Divergence of the model's own completion states against the labels, per token."""
     batch = collate(rows)
     with torch.no_grad():
@@ -165,6 +166,19 @@ def test_a_wrong_map_names_the_row(model: Any, tokenizer: Any, examples: Any) ->
         call(model(), text, examples(2), to_student=to_student)
 
 
+def test_a_token_that_the_teacher_got_later_is_none_of_the_students(model: Any, tokenizer: Any, examples: Any) -> None:
+    """Beyond the map's end, like any other that the student lacks: its mass is in the tail, and a row of it refused."""
+    student, teacher = tokenizer(), tokenizer()
+    same = torch.arange(len(student))
+    assert teacher.add_tokens(["divide"]) == 1
+    network = model(vocabulary=len(teacher) + 5)
+    (row,) = call(network, teacher, examples(1), to_student=same, student_tokenizer=student)
+    assert row.top_ids.max() < len(student)
+    with pytest.raises(ValueError, match=r"row e0: token \d+ is \[-1\]"):
+        later = [example.model_copy(update={"text": "divide"}) for example in examples(1)]
+        call(network, teacher, later, to_student=same, student_tokenizer=student)
+
+
 def test_top_k_of_all_tokens_is_refused(model: Any, tokenizer: Any, examples: Any) -> None:
     with pytest.raises(ValueError, match="top_k"):
         call(model(), tokenizer(), examples(1), top_k=300)
@@ -186,7 +200,7 @@ def test_parquet_keeps_everything_in_equal_bytes(rows: Any, tmp_path: Path) -> N
 
 
 @st.composite
-def stored_rows(draw: st.DrawFn) -> tuple[int, list[labels.Row]]:
+def stored_rows(draw: st.DrawFn) -> tuple[int, list[Row]]:
     """k and rows, some without labels: log-probabilities of any bits, so in any order, equal or infinite."""
     k, id_type = draw(st.integers(1, 6)), draw(st.sampled_from([np.uint16, np.int32]))
     rows = []
@@ -203,12 +217,12 @@ def stored_rows(draw: st.DrawFn) -> tuple[int, list[labels.Row]]:
                 ),
             }
         ids = np.arange(tokens + 1, dtype=np.int32)
-        rows.append(labels.Row(f"r{i}", "target", "divider", 1.0, ids, 1, draw(st.integers(0, tokens)), **given))
+        rows.append(Row(f"r{i}", "target", "divider", 1.0, ids, 1, draw(st.integers(0, tokens)), **given))
     return k, rows
 
 
 @given(stored_rows())
-def test_parquet_keeps_every_bit(stored: tuple[int, list[labels.Row]]) -> None:
+def test_parquet_keeps_every_bit(stored: tuple[int, list[Row]]) -> None:
     k, rows = stored
     with TemporaryDirectory() as folder:
         labels.write(Path(folder) / "a", rows, top_k=k, teachers={})
@@ -240,7 +254,7 @@ def test_the_answer_begins_where_the_reasoning_ends(tokenizer: Any, examples: An
     """In rows of the template; in others nothing is reasoned."""
     text, chosen = tokenizer(), examples(5)
     chosen[1] = chosen[1].model_copy(update={"text": "no template"})
-    for example, row in zip(chosen, labels.encode(text, chosen), strict=True):
+    for example, row in zip(chosen, encode(text, chosen), strict=True):
         before = text.decode(row.input_ids[row.prompt_length :][: row.answer_start])
         follows = "<think>" in example.text and example.domain == "target"
         assert before == (example.text[: example.text.index("<answer>")] if follows else "")
@@ -254,7 +268,7 @@ def test_a_token_across_the_border_is_reasoning(tokenizer: Any, examples: Any) -
     state["model"]["vocab"]["><"] = len(text)
     state["model"]["merges"] = [[">", "<"]]
     text._tokenizer = Tokenizer.from_str(json.dumps(state))
-    (row,) = labels.encode(text, examples(1))
+    (row,) = encode(text, examples(1))
     completion = row.input_ids[row.prompt_length :]
     assert text.decode(completion[row.answer_start - 1 : row.answer_start + 2]) == "><an"
 

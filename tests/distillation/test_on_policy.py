@@ -14,7 +14,9 @@ import torch
 
 from q2t.config import Adapter, OnPolicy
 from q2t.deployment.runtime import Runtime
-from q2t.distillation import adapters, labels, on_policy
+from q2t.distillation import adapters, on_policy
+from q2t.distillation.labels import label
+from q2t.distillation.rows import Row, encode
 from q2t.records import content_id
 from q2t.sources import save_model
 
@@ -65,7 +67,7 @@ def sampler_of(tokenizer: Any, examples: Any, compute: Any, tmp_path: Path) -> A
     class Asking(on_policy.Sampler):
         """With a journal of its own each time, unless one is given."""
 
-        def __call__(self, *given: Any, journal: Path | None = None) -> list[labels.Row]:
+        def __call__(self, *given: Any, journal: Path | None = None) -> list[Row]:
             return super().__call__(*given, journal=journal or next(journals))
 
     def make(to_student: Any = (2, 1, 0, *range(3, VOCABULARY)), seed: int = 3, given: Any = None) -> Asking:
@@ -75,15 +77,15 @@ def sampler_of(tokenizer: Any, examples: Any, compute: Any, tmp_path: Path) -> A
 
 
 @pytest.fixture
-def asked(tokenizer: Any, examples: Any) -> list[labels.Row]:
-    return labels.encode(tokenizer(), examples(QUESTIONS))
+def asked(tokenizer: Any, examples: Any) -> list[Row]:
+    return encode(tokenizer(), examples(QUESTIONS))
 
 
-def ids(rows: list[labels.Row]) -> list[str]:
+def ids(rows: list[Row]) -> list[str]:
     return [row.id for row in rows]
 
 
-def texts(rows: list[labels.Row], tokenizer: Any) -> list[str]:
+def texts(rows: list[Row], tokenizer: Any) -> list[str]:
     return [tokenizer().decode(row.input_ids[row.prompt_length : -1]) for row in rows]
 
 
@@ -101,7 +103,7 @@ def test_own_answers_have_the_labels_that_label_gives(
     ]
     places = [list(problems).index(example.problem_id) for example in own]
     assert places == sorted(set(places))
-    expected = labels.label(
+    expected = label(
         model(5, VOCABULARY),
         tokenizer(SPECIALS[::-1]),
         own,
@@ -173,7 +175,7 @@ def test_a_problem_is_asked_once_and_its_first_row_counts(
     given = examples(QUESTIONS)
     others = [e.model_copy(update={"id": f"other {e.id}", "weight": 9.0, "text": "other"}) for e in given]
     sampler = sampler_of(given=[*others, *given])
-    twice = sampler(student(), [*asked, *labels.encode(tokenizer(), others)], settings_of(), 1)
+    twice = sampler(student(), [*asked, *encode(tokenizer(), others)], settings_of(), 1)
     once = sampler_of()(student(), asked, settings_of(), 1)
     assert ids(twice) == ids(once) and [row.weight for row in twice] == [row.weight for row in once]
 

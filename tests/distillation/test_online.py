@@ -9,9 +9,9 @@ import torch
 from q2t.config import Online
 from q2t.distillation import loop, online
 from q2t.distillation.batches import Batch, collate
-from q2t.distillation.labels import encode
 from q2t.distillation.objective import Objective
 from q2t.distillation.online import OnlineTeacher
+from q2t.distillation.rows import encode
 from q2t.records import Example
 from q2t.sources import save_model
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from q2t.distillation.alignment import Spans, Vocabulary, align_rows
 from q2t.distillation.batches import collate, predicting_states
-from q2t.distillation.labels import Row
+from q2t.distillation.rows import Row
 from q2t.distillation.span_losses import Predictions, matched_loss, uld_loss
 
 DIGITS = ("4 7", "47 0", "47 1", "1 2", "12 00", "0 0")
