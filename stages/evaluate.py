@@ -22,7 +22,8 @@ def main() -> None:
         general = read_jsonl(Path("data/prompts/general_test.jsonl"), Problem)
         references = read_jsonl(Path("data/generations/reference.jsonl"), Completion)
         model = runtime.load(folder, params.compute)
-        judged = harness.answer(model, test + general, params.evaluate)
+        system = params.system_of(params.evaluate.models[name])
+        judged = harness.answer(model, test + general, params.evaluate, system=system)
         metrics = {
             "model": name,
             **harness.score(judged, params.evaluate),

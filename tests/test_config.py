@@ -100,3 +100,5 @@ def test_every_profile_fits(tmp_path, profile):
     assert apply(profile, tmp_path / "params.yaml")
     params = load(tmp_path / "params.yaml")
     assert list(params.systems) == (["expert"] if profile == "r1-gemma" else [])
+    assert params.system_of("models/teacher") == params.systems.get("expert", "")
+    assert params.system_of("models/student") == ""

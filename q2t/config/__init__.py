@@ -249,6 +249,10 @@ class Params(Section):
         """The system prompt of each teacher that has one, by name."""
         return {name: teacher.system for name, teacher in self.teachers.items() if teacher.system}
 
+    def system_of(self, model: str) -> str:
+        """The system prompt of the first teacher that has this model folder, and one; empty if none does."""
+        return next((t.system for t in self.teachers.values() if t.model == model and t.system), "")
+
     @model_validator(mode="after")
     def _teachers_are_watched(self) -> "Params":
         for name, section in (("distill", self.distill), ("prune", self.prune)):

@@ -54,14 +54,17 @@ def answer(
     settings: Evaluate,
     requests: Sequence[Request] | None = None,
     judge: Callable[[Problem, str, str], Verdict] = judge,
+    *,
+    system: str = "",
 ) -> list[Judged]:
     """Greedy answers to all problems, in their order, judged.
 
     Args:
         requests: one for each problem, if it isn't just the question in the chat template.
+        system: what the model has to be told of the answer's format, before each question that a verifier judges.
         judge: the verdict on a problem's answer and its finish reason.
     """
-    requests = requests or [Request(runtime.prompt(problem.question)) for problem in problems]
+    requests = requests or [Request(runtime.prompt(p.question, system if p.check else "")) for p in problems]
     judged: dict[int, Judged] = {}
     for batch in runtime.generate(
         requests,
