@@ -36,9 +36,9 @@ smoke: $(INSTALLED) ## Run every stage on a tiny model, in a temporary copy
 	cd "$$copy" && export PYTHONPATH="$$copy" && git init -q && \
 	$(BIN)/q2t profile smoke && $(BIN)/dvc repro
 
-# Two files at a time, each on one thread: more threads than cores stall in barriers.
+# Two files at a time, in the order of tests/conftest.py, each on one thread: more threads than cores stall in barriers.
 test: $(INSTALLED) ## Run the suite, the smoke pipeline included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED) ## Lint, format check and types
 	$(BIN)/ruff check .

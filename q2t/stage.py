@@ -8,10 +8,13 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from q2t.config import Compute
+
+DONE = ".done"
+"""Ends the name of a folder of checkpoints whose stage has published its outs."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -23,6 +26,8 @@ def run(main: Callable[[], None]) -> None:
     # again and again. What is garbage later are small objects, and no tensors.
     gc.set_threshold(100_000, 20, 100)
     message = None
+    if is_main():
+        _forget_recorded()
     try:
         main()
     except ValueError as error:
@@ -64,20 +69,35 @@ def checkpoints(stage: str) -> Iterator[Path]:
     """The folder of this stage's checkpoints: outside its outs, which DVC deletes before every run.
 
     The name is a hash of the stage's inputs as DVC sees them, so that a checkpoint is never resumed by another
-    run than the one that was interrupted. The folder goes once the block, which publishes the outs, is through;
-    by rename first, so that what a kill leaves half-deleted is no checkpoint.
+    run than the one that was interrupted. Once the block, which publishes the outs, is through, the folder is marked
+    as done and stays: killed before it has recorded the outs, DVC deletes them, and runs the stage again from here.
     """
     from q2t.lockfile import entry_before, inputs_key
 
     folder = root() / ".q2t" / stage / inputs_key(stage, entry_before(stage, Path(".")))[:16]
+    done = folder.with_suffix(DONE)
+    if is_main() and done.exists():
+        os.replace(done, folder)
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
-    if not is_main():
-        return
-    done = folder.with_suffix(".done")
-    shutil.rmtree(done, ignore_errors=True)
-    os.replace(folder, done)
-    shutil.rmtree(done)
+    if is_main():
+        os.replace(folder, done)
+
+
+def _forget_recorded() -> None:
+    """Delete the checkpoints of other stages that are done: DVC begins a stage when it has recorded those before.
+
+    By rename first, so that what a kill leaves half-deleted is no checkpoint.
+    """
+    work = root() / ".q2t"
+    for half_deleted in list(work.glob("*/*.recorded")):
+        shutil.rmtree(half_deleted, ignore_errors=True)
+    for folder in list(work.glob(f"*/*{DONE}")):
+        if folder.parent.name != os.environ.get("DVC_STAGE"):
+            recorded = folder.with_suffix(".recorded")
+            with suppress(FileNotFoundError):  # a stage of a queued experiment, which may run beside, took it
+                os.replace(folder, recorded)
+            shutil.rmtree(recorded, ignore_errors=True)
 
 
 def published(out: str) -> Path | None:

@@ -1,104 +1,35 @@
 """Nothing that was paid for is lost: stages killed at any moment, or out of room, end with the bytes of an
 uninterrupted run.
 
-Stages run in forks of a server that has imported the heavy libraries, or twenty kills would be twenty minutes of
-imports. They run as DVC runs them: the outs deleted first, DVC_ROOT and DVC_STAGE set.
+Stages run as DVC runs them: the outs deleted first, DVC_ROOT and DVC_STAGE set.
 """
 
 import errno
 import json
-import multiprocessing
-import os
 import random
-import resource
-import runpy
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import sha256
-from pathlib import Path
-from typing import Any
 
 import pytest
-from test_pipeline import copy
+from smoke import Stages, copy
+
+from q2t.stage import DONE, checkpoints, run
 
 KILLS = {"specialize": 2, "generate@expert": 4, "distill": 5, "prune": 5, "export": 4}
 """The specialist takes longest; tests/teachers/test_specialist.py stops it at eight more moments."""
 UPSTREAM = (
     "fetch@tiny pose specialize generate@expert generate@base filter initialize label distill prune export".split()
 )
-PRELOADED = (
-    "torch transformers transformers.models.llama.modeling_llama trl datasets accelerate pandas mlflow dvc.repo "
-    "dvc.stage.serialize great_expectations onnxruntime.quantization optimum.exporters.onnx"
-).split()
-
-
-def child(folder: str, name: str, command: list[str], log: str, disk_fills: bool) -> None:
-    """Run `python -m MODULE ARGUMENTS` of this folder. With `disk_fills`, there is no more room from the first
-    checkpoint, or the first answers, on."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.chdir(folder)
-    os.environ |= {"DVC_ROOT": folder, "DVC_STAGE": name}
-    sys.path.insert(0, folder)
-    from q2t.distillation import loop
-    from q2t.teachers import specialist
-    from q2t.teachers.journal import Journal
-
-    assert Path(loop.__file__).is_relative_to(folder)
-    # A smoke run is over before the first checkpoint would be due.
-    loop.train = partial(loop.train, save_every=4)  # type: ignore[assignment]
-    specialist.specialize = partial(specialist.specialize, save_every=10)  # type: ignore[assignment]
-
-    replace, append = os.replace, Journal.append
-
-    def no_file_grows_beyond(room: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-
-    def replace_and_fill(source: Any, target: Any) -> None:
-        replace(source, target)
-        if Path(target).name.startswith("step-"):
-            no_file_grows_beyond(100_000)
-
-    def append_and_fill(journal: Journal, rows: Any) -> None:
-        append(journal, rows)
-        no_file_grows_beyond(journal.path.stat().st_size + 1000)
-
-    if disk_fills:
-        os.replace, Journal.append = replace_and_fill, append_and_fill  # type: ignore[assignment, method-assign]
-    module, *arguments = command
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @dataclass
-class Pipeline:
-    """A copy of the repository whose stages can be started, one at a time."""
+class Interrupted(Stages):
+    """Stages that are stopped, and what an uninterrupted run of each came to."""
 
-    folder: Path
-    log: Path
-    commands: dict[str, list[str]] = field(default_factory=dict)
-    outs: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     expected: dict[str, dict[str, str]] = field(default_factory=dict)
-    """What an uninterrupted run wrote, by stage."""
-
-    def start(self, stage: str, disk_fills: bool = False) -> Any:
-        for out in self.outs[stage]:  # as DVC does
-            path = self.folder / out
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        arguments = (str(self.folder), stage, self.commands[stage], str(self.log), disk_fills)
-        process = multiprocessing.get_context("forkserver").Process(target=child, args=arguments)
-        process.start()
-        return process
-
-    def finish(self, stage: str) -> None:
-        process = self.start(stage)
-        process.join()
-        assert process.exitcode == 0, self.log.read_text()
 
     def written(self, stage: str) -> dict[str, str]:
         """The SHA-256 of every file of the outs."""
@@ -110,7 +41,7 @@ class Pipeline:
         """What a run that starts now would go on from: checkpoints, or answers."""
         work = self.folder / ".q2t" / stage
         lines = [line for journal in work.glob("*/answers.jsonl") for line in journal.read_text().split("\n")[:-1]]
-        whole = [path.name for path in work.glob("*/step-*") if not path.suffix and not path.parent.suffix]
+        whole = [path.name for path in work.glob("*/step-*") if not path.suffix]
         return whole + lines
 
     def forget(self, stage: str) -> None:
@@ -119,30 +50,18 @@ class Pipeline:
     def assert_as_if_uninterrupted(self, stage: str) -> None:
         assert self.written(stage) == self.expected[stage]
         assert not list((self.folder / "models").rglob("*.partial"))
-        assert not list((self.folder / ".q2t" / stage).glob("*"))
+        assert [path.suffix for path in (self.folder / ".q2t" / stage).glob("*")] in ([], [DONE])
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    from dvc.repo import Repo
-    from dvc.stage import PipelineStage
-
     folder = copy(tmp_path_factory.mktemp("copy"))
-    made = Pipeline(folder, folder.with_name("log"))
-    with Repo(str(folder)) as repo:
-        for stage in repo.index.stages:
-            if isinstance(stage, PipelineStage):
-                made.commands[stage.name] = stage.cmd.removeprefix("python -m ").split()
-                made.outs[stage.name] = [out.def_path for out in stage.outs]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        patched.setenv("OMP_NUM_THREADS", "1")
-        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-        for stage in UPSTREAM:
-            start = time.monotonic()
-            made.finish(stage)
-            made.seconds[stage] = time.monotonic() - start
-            made.expected[stage] = made.written(stage)
+    made = Interrupted(folder, folder.with_name("log"))
+    for stage in UPSTREAM:
+        start = time.monotonic()
+        made.finish(stage)
+        made.seconds[stage] = time.monotonic() - start
+        made.expected[stage] = made.written(stage)
     return made
 
 
@@ -213,35 +132,54 @@ def test_a_full_disk_and_damaged_lines_cost_no_other_answer(pipeline):
     assert json.loads(second)["id"] in rows
 
 
-def test_a_kill_while_checkpoints_are_deleted_leaves_no_half_of_one(tmp_path, monkeypatch):
+def test_killed_before_dvc_has_recorded_its_outs_a_stage_does_not_train_again(pipeline):
+    stage = "distill"
+    pipeline.forget(stage)
+    pipeline.finish(stage)  # and DVC, which would hash the outs now, is killed; on its next run it deletes them
+    (done,) = (pipeline.folder / ".q2t" / stage).glob(f"*{DONE}")
+    (last,) = done.glob("step-*")
+    written = last.stat().st_ino
+    pipeline.finish(stage)
+    assert [path.stat().st_ino for path in done.glob("step-*")] == [written]
+    pipeline.assert_as_if_uninterrupted(stage)
+    pipeline.finish("export")  # which DVC begins once `distill` is recorded
+    assert not done.exists()
+
+
+@pytest.fixture
+def stage_of(tmp_path, monkeypatch):
+    """Makes the process that of a stage, with inputs that never change."""
     from q2t import lockfile
-    from q2t.stage import checkpoints
+
+    def begin(name: str) -> None:
+        monkeypatch.setenv("DVC_STAGE", name)
 
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setattr(lockfile, "entry_before", lambda *_: {"cmd": "train"})
-    remove = shutil.rmtree
+    begin("distill")
+    return begin
 
+
+def test_a_kill_while_checkpoints_are_deleted_leaves_no_half_of_one(stage_of, monkeypatch):
     def killed(path, **options):
-        if Path(path).exists():
-            raise KeyboardInterrupt
-        remove(path, **options)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt), checkpoints("distill") as folder:
+    with checkpoints("distill") as folder:
         (folder / "step-4").mkdir()
-    monkeypatch.setattr(shutil, "rmtree", remove)
+    stage_of("prune")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        run(lambda: None)
+    stage_of("distill")
     with checkpoints("distill") as again:
         assert again == folder
         assert not list(again.iterdir())
+    stage_of("prune")
+    run(lambda: None)
     assert not list(folder.parent.iterdir())
 
 
-def test_checkpoints_outlive_a_failure(tmp_path, monkeypatch):
-    from q2t import lockfile
-    from q2t.stage import checkpoints
-
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(lockfile, "entry_before", lambda *_: {"cmd": "train"})
+def test_checkpoints_outlive_a_failure(stage_of):
     with pytest.raises(OSError), checkpoints("distill") as folder:
         (folder / "step-4").mkdir()
         raise OSError(errno.ENOSPC, "full")
@@ -260,8 +198,6 @@ def test_checkpoints_outlive_a_failure(tmp_path, monkeypatch):
     ],
 )
 def test_what_a_user_can_put_right_is_one_line_and_a_bug_keeps_its_traceback(error, line):
-    from q2t.stage import run
-
     def main():
         raise error
 
