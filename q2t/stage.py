@@ -13,8 +13,8 @@ from pathlib import Path
 
 from q2t.config import Compute
 
-DONE = ".done"
-"""Ends the name of a folder of checkpoints whose stage has published its outs."""
+DONE, DELETED = ".done", ".deleted"
+"""End the name of a folder of checkpoints whose stage has published its outs, and of one that is being deleted."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -70,14 +70,18 @@ def checkpoints(stage: str) -> Iterator[Path]:
 
     The name is a hash of the stage's inputs as DVC sees them, so that a checkpoint is never resumed by another
     run than the one that was interrupted. Once the block, which publishes the outs, is through, the folder is marked
-    as done and stays: killed before it has recorded the outs, DVC deletes them, and runs the stage again from here.
+    as done and stays until another stage begins: killed before it has recorded the outs, DVC deletes them, and runs
+    the stage again from here. So does `dvc repro --force` of the stage that ran last.
     """
     from q2t.lockfile import entry_before, inputs_key
 
     folder = root() / ".q2t" / stage / inputs_key(stage, entry_before(stage, Path(".")))[:16]
     done = folder.with_suffix(DONE)
-    if is_main() and done.exists():
-        os.replace(done, folder)
+    if is_main():
+        with suppress(FileNotFoundError):
+            os.replace(done, folder)
+        for other in list(folder.parent.glob(f"*{DONE}")):
+            _delete(other)
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
     if is_main():
@@ -85,19 +89,22 @@ def checkpoints(stage: str) -> Iterator[Path]:
 
 
 def _forget_recorded() -> None:
-    """Delete the checkpoints of other stages that are done: DVC begins a stage when it has recorded those before.
-
-    By rename first, so that what a kill leaves half-deleted is no checkpoint.
-    """
+    """Delete the checkpoints of other stages that are done: DVC begins a stage when it has recorded those before."""
+    stage = os.environ.get("DVC_STAGE", "").rpartition(":")[2]  # behind dvc.yaml's path, from another folder
+    if not stage:
+        return  # started by hand: what DVC has recorded is not known
     work = root() / ".q2t"
-    for half_deleted in list(work.glob("*/*.recorded")):
-        shutil.rmtree(half_deleted, ignore_errors=True)
-    for folder in list(work.glob(f"*/*{DONE}")):
-        if folder.parent.name != os.environ.get("DVC_STAGE"):
-            recorded = folder.with_suffix(".recorded")
-            with suppress(FileNotFoundError):  # a stage of a queued experiment, which may run beside, took it
-                os.replace(folder, recorded)
-            shutil.rmtree(recorded, ignore_errors=True)
+    for folder in [*work.glob(f"*/*{DELETED}"), *work.glob(f"*/*{DONE}")]:
+        if folder.parent.name != stage:
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """By rename first, so that what a kill leaves half-deleted is no checkpoint."""
+    deleted = folder.with_suffix(DELETED)
+    with suppress(OSError):  # a stage of a queued experiment, which may run beside, deletes it too
+        os.replace(folder, deleted)
+    shutil.rmtree(deleted, ignore_errors=True)
 
 
 def published(out: str) -> Path | None:

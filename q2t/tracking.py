@@ -142,7 +142,7 @@ def stage_run(stage: str, root: Path = Path(".")) -> Iterator[StageRun]:
         yield run
         return
     with _spared(f"the start of {stage}"):
-        run._start(os.environ.get("DVC_STAGE", stage), root)
+        run._start(stage, root)
     try:
         yield run
     except BaseException:

@@ -133,53 +133,78 @@ def test_a_full_disk_and_damaged_lines_cost_no_other_answer(pipeline):
 
 
 def test_killed_before_dvc_has_recorded_its_outs_a_stage_does_not_train_again(pipeline):
+    def last_checkpoint():
+        (file,) = (pipeline.folder / ".q2t" / stage).glob(f"*{DONE}/step-*/weights.safetensors")
+        return file.stat().st_mtime_ns
+
     stage = "distill"
     pipeline.forget(stage)
     pipeline.finish(stage)  # and DVC, which would hash the outs now, is killed; on its next run it deletes them
-    (done,) = (pipeline.folder / ".q2t" / stage).glob(f"*{DONE}")
-    (last,) = done.glob("step-*")
-    written = last.stat().st_ino
+    written = last_checkpoint()
     pipeline.finish(stage)
-    assert [path.stat().st_ino for path in done.glob("step-*")] == [written]
+    assert last_checkpoint() == written
     pipeline.assert_as_if_uninterrupted(stage)
     pipeline.finish("export")  # which DVC begins once `distill` is recorded
-    assert not done.exists()
+    assert not pipeline.kept(stage)
 
 
 @pytest.fixture
-def stage_of(tmp_path, monkeypatch):
-    """Makes the process that of a stage, with inputs that never change."""
+def begin(tmp_path, monkeypatch):
+    """Makes this process that of another stage, as DVC starts it."""
     from q2t import lockfile
 
-    def begin(name: str) -> None:
-        monkeypatch.setenv("DVC_STAGE", name)
+    def begin(stage, temperature=1):
+        monkeypatch.setenv("DVC_STAGE", stage)
+        monkeypatch.setattr(lockfile, "entry_before", lambda *_: {"cmd": "train", "params": {"T": temperature}})
+        run(lambda: None)
 
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(lockfile, "entry_before", lambda *_: {"cmd": "train"})
     begin("distill")
     return begin
 
 
-def test_a_kill_while_checkpoints_are_deleted_leaves_no_half_of_one(stage_of, monkeypatch):
+def checkpoint_of(stage, name):
+    """One checkpoint in the stage's folder, beside those that were kept; returns the names of these."""
+    with checkpoints(stage) as folder:
+        kept = sorted(path.name for path in folder.iterdir())
+        (folder / name).mkdir()
+    return kept
+
+
+@pytest.mark.parametrize("address", ["distill", "../dvc.yaml:distill"])
+def test_checkpoints_outlive_their_stage_until_another_begins(begin, tmp_path, monkeypatch, address):
+    assert checkpoint_of("distill", "step-4") == []
+    begin(address)
+    assert checkpoint_of("distill", "step-8") == ["step-4"]
+    monkeypatch.delenv("DVC_STAGE")
+    run(lambda: None)  # by hand
+    assert checkpoint_of("distill", "step-12") == ["step-4", "step-8"]
+    begin("prune")
+    assert not list((tmp_path / ".q2t/distill").iterdir())
+
+
+def test_only_the_newest_checkpoints_of_a_stage_are_kept(begin, tmp_path):
+    for temperature in (1, 2, 3):
+        begin("distill", temperature)
+        assert checkpoint_of("distill", "step-4") == []
+    assert len(list((tmp_path / ".q2t/distill").iterdir())) == 1
+
+
+def test_a_kill_while_checkpoints_are_deleted_leaves_no_half_of_one(begin, tmp_path, monkeypatch):
     def killed(path, **options):
         raise KeyboardInterrupt
 
-    with checkpoints("distill") as folder:
-        (folder / "step-4").mkdir()
-    stage_of("prune")
+    checkpoint_of("distill", "step-4")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(shutil, "rmtree", killed)
-        run(lambda: None)
-    stage_of("distill")
-    with checkpoints("distill") as again:
-        assert again == folder
-        assert not list(again.iterdir())
-    stage_of("prune")
-    run(lambda: None)
-    assert not list(folder.parent.iterdir())
+        begin("prune")
+    begin("distill")
+    assert checkpoint_of("distill", "step-8") == []
+    begin("prune")
+    assert not list((tmp_path / ".q2t/distill").iterdir())
 
 
-def test_checkpoints_outlive_a_failure(stage_of):
+def test_checkpoints_outlive_a_failure(begin):
     with pytest.raises(OSError), checkpoints("distill") as folder:
         (folder / "step-4").mkdir()
         raise OSError(errno.ENOSPC, "full")
@@ -197,7 +222,7 @@ def test_checkpoints_outlive_a_failure(stage_of):
         (FileNotFoundError(errno.ENOENT, "No such file"), None),
     ],
 )
-def test_what_a_user_can_put_right_is_one_line_and_a_bug_keeps_its_traceback(error, line):
+def test_what_a_user_can_put_right_is_one_line_and_a_bug_keeps_its_traceback(begin, error, line):
     def main():
         raise error
 

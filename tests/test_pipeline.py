@@ -54,12 +54,15 @@ def test_a_second_repro_runs_nothing(first):
 
 
 def test_a_second_copy_gives_the_same_bytes(first, tmp_path):
-    """Another folder and, of the processes that make the bytes, forks instead of starts; DVC takes the hashes."""
+    """In another folder, and in forks instead of new processes; DVC takes the hashes, and runs the report, which
+    shows them."""
     second = Stages(copy(tmp_path / "second"), tmp_path / "log")
-    for stage in second.commands:
+    *computed, report = second.commands
+    for stage in computed:
         second.finish(stage)
-    run(second.folder, "dvc", "commit", "-f")
-    assert outs(second.folder) == outs(first)
+    run(second.folder, "dvc", "commit", "-f", *computed)
+    assert run(second.folder, "dvc", "repro").count("Running stage") == 1
+    assert report == "report" and outs(second.folder) == outs(first)
 
 
 def test_what_was_generated_before_is_found_when_its_out_is_deleted(first):

@@ -250,8 +250,8 @@ class Params(Section):
         return {name: teacher.system for name, teacher in self.teachers.items() if teacher.system}
 
     def system_of(self, model: str) -> str:
-        """The system prompt of the first teacher that has this model folder, and one; empty if none does."""
-        return next((t.system for t in self.teachers.values() if t.model == model and t.system), "")
+        """What this model folder is told where it answers the questions; empty if it isn't, or answers none."""
+        return next((t.system for t in self.teachers.values() if t.model == model and t.prompts == "questions"), "")
 
     @model_validator(mode="after")
     def _teachers_are_watched(self) -> "Params":

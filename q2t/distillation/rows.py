@@ -26,7 +26,7 @@ class Row:
     family: str
     weight: float
     input_ids: np.ndarray
-    """[prompt + completion], int32, in student ids; the last one is eos."""
+    """[prompt + completion], int32; the last one is eos."""
     prompt_length: int
     answer_start: int = 0
     """Completion tokens of the reasoning, which stand before those of the answer; 0 where nothing is reasoned."""

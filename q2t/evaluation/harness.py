@@ -1,4 +1,4 @@
-"""One harness for every model: same prompts, same template, greedy, same token cap."""
+"""One harness for every model: same questions, greedy, same token cap; only a teacher may have a system prompt."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

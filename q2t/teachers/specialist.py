@@ -35,7 +35,7 @@ def specialize(
 
     Args:
         checkpoints: a folder of this run alone, its name depending on all that shapes the result; safe to delete
-            once the model is published.
+            once the model is published and recorded.
         save_every: steps between checkpoints.
 
     Returns:
