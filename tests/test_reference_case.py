@@ -1,6 +1,8 @@
 """DeepSeek-R1-0528-Qwen3-8B teaches gemma-3-4b-it, profile r1-gemma: every step on toys of these architectures."""
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from q2t.distillation.labels import label
 from q2t.distillation.loop import train
 from q2t.distillation.online import OnlineTeacher
 from q2t.distillation.rows import encode, prompts
+from q2t.profile import apply
 from q2t.records import Example
 from q2t.sources import fetch, load_model, load_tokenizer, save_model
 
@@ -203,6 +206,34 @@ def test_a_teacher_reads_what_it_wrote_behind_its_system_prompt(folders: dict[st
         online, load_model(folders["gemma"]), student, *given, seed=0, compute=COMPUTE, systems=systems
     )
     assert [teacher.rows[row.id].input_ids.tolist() for row in told] == [row.input_ids.tolist() for row in told]
+
+
+@pytest.mark.parametrize("model", ["teacher", "student"])
+def test_evaluate_tells_the_teacher_alone_the_format(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage up to where it asks."""
+    from stages import evaluate
+
+    class Asked(Exception):
+        pass
+
+    def answer(*_: Any, system: str) -> None:
+        raise Asked(system)
+
+    shutil.copy("params.yaml", tmp_path)
+    apply("r1-gemma", tmp_path / "params.yaml")
+    params = load_params(tmp_path / "params.yaml")
+    around = {"load": lambda: params, "read_jsonl": lambda *_: [], "stage_run": nullcontext}
+    around["seed_everything"] = lambda *_: None
+    for name, replacement in around.items():
+        monkeypatch.setattr(evaluate, name, replacement)
+    monkeypatch.setattr(evaluate.runtime, "load", lambda *_: None)
+    monkeypatch.setattr(evaluate.harness, "answer", answer)
+    monkeypatch.setattr("sys.argv", ["evaluate", model])
+    with pytest.raises(Asked) as caught:
+        evaluate.main()
+    assert caught.value.args == (params.teachers["expert"].system if model == "teacher" else "",)
 
 
 def test_from_r1_to_an_int8_gemma(folders: dict[str, Path], tmp_path: Path) -> None:
