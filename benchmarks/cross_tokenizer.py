@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/cross_tokenizer.py
 
-writes benchmarks/results/cross_tokenizer.json and the table of docs/distillation.md, in about 20 minutes an epoch on 2 cores. It
-downloads 240 MB (gemma 3 has a licence of its own: https://ai.google.dev/gemma/terms) and needs models/teacher,
-data/filtered and data/prompts of a run.
+writes benchmarks/results/cross_tokenizer.json and the table of docs/distillation.md, in about 20 minutes an epoch on 2
+cores. It downloads 240 MB (gemma 3 has a licence of its own: https://ai.google.dev/gemma/terms) and needs
+models/teacher, data/filtered and data/prompts of a run.
 
 The student is cut as `initialize` cuts it, to fewer tokens, but keeps its layers. It learns the same rows once by the
 expert's words alone, and once by spans of equal text too. What it knows is its accuracy on the problems of dev, and
