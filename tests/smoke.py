@@ -103,19 +103,18 @@ class Stages:
 
     folder: Path
     log: Path
-    commands: dict[str, list[str]] = field(default_factory=dict)
+    commands: dict[str, list[str]] = field(init=False)
     """By stage, each after those that it needs."""
-    outs: dict[str, list[str]] = field(default_factory=dict)
+    outs: dict[str, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
         from dvc.repo import Repo
         from dvc.stage import PipelineStage
 
         with Repo(str(self.folder)) as repo:
-            for stage in repo.index.stages:
-                if isinstance(stage, PipelineStage):
-                    self.commands[stage.name] = stage.cmd.removeprefix("python -m ").split()
-                    self.outs[stage.name] = [out.def_path for out in stage.outs]
+            stages = [stage for stage in repo.index.stages if isinstance(stage, PipelineStage)]
+        self.commands = {stage.name: stage.cmd.removeprefix("python -m ").split() for stage in stages}
+        self.outs = {stage.name: [out.def_path for out in stage.outs] for stage in stages}
 
     def start(self, stage: str, disk_fills: bool = False) -> Any:
         for out in self.outs[stage]:  # as DVC does

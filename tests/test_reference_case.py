@@ -224,10 +224,10 @@ def test_evaluate_tells_the_teacher_alone_the_format(
     shutil.copy("params.yaml", tmp_path)
     apply("r1-gemma", tmp_path / "params.yaml")
     params = load_params(tmp_path / "params.yaml")
-    around = {"load": lambda: params, "read_jsonl": lambda *_: [], "stage_run": nullcontext}
-    around["seed_everything"] = lambda *_: None
-    for name, replacement in around.items():
-        monkeypatch.setattr(evaluate, name, replacement)
+    monkeypatch.setattr(evaluate, "load", lambda: params)
+    monkeypatch.setattr(evaluate, "seed_everything", lambda *_: None)
+    monkeypatch.setattr(evaluate, "stage_run", nullcontext)
+    monkeypatch.setattr(evaluate, "read_jsonl", lambda *_: [])
     monkeypatch.setattr(evaluate.runtime, "load", lambda *_: None)
     monkeypatch.setattr(evaluate.harness, "answer", answer)
     monkeypatch.setattr("sys.argv", ["evaluate", model])

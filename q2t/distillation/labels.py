@@ -61,8 +61,7 @@ def label(
     head = model.get_output_embeddings().weight
     device = head.device
     to_student = torch.arange(len(head)) if to_student is None else to_student.cpu()
-    later = max(len(head), len(tokenizer)) - len(to_student)  # tokens that the teacher got after the map was made
-    to_student = torch.nn.functional.pad(to_student, (0, max(0, later)), value=-1)
+    to_student = cover(to_student, tokenizer)
     _check_segmentation(plain, student_rows, to_student.numpy(), student_tokenizer)
 
     of_teacher = (to_student >= 0).nonzero().squeeze(1)
@@ -102,6 +101,14 @@ def label(
             bar.update(len(chosen))
     model.set_attn_implementation(attention)
     return [labelled[i] for i in range(len(rows))]
+
+
+def cover(to_student: "Tensor", teacher: Any) -> "Tensor":
+    """The map of the teacher's ids, -1 for tokens that the teacher's tokenizer got after the map was made."""
+    import torch
+
+    later = max(teacher.get_vocab().values()) + 1 - len(to_student)
+    return torch.nn.functional.pad(to_student, (0, max(0, later)), value=-1)
 
 
 def _top(logits: "Tensor", of_teacher: "Tensor", k: int) -> tuple["Tensor", "Tensor", "Tensor"]:

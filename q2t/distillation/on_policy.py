@@ -19,7 +19,7 @@ from q2t.config import Compute, OnPolicy
 from q2t.deployment.runtime import Request, load
 from q2t.distillation.adapters import merge
 from q2t.distillation.alignment import difference
-from q2t.distillation.labels import label
+from q2t.distillation.labels import cover, label
 from q2t.distillation.rows import Row, encode
 from q2t.records import Completion, Example, content_id
 from q2t.sources import load_model, load_tokenizer, save_model
@@ -102,8 +102,7 @@ class Sampler:
                 f"on_policy.teacher: {other}. Take the model that the student's vocabulary was cut from, or one that "
                 "was trained from it"
             )
-        own = max(0, max(teacher.get_vocab().values()) + 1 - len(self.to_student))
-        to_student = torch.nn.functional.pad(self.to_student, (0, own), value=-1)
+        to_student = cover(self.to_student, teacher)
         if settings.top_k >= (known := int((to_student >= 0).sum())):
             raise ValueError(f"on_policy.top_k is {settings.top_k}, but the student knows {known} tokens: choose fewer")
         return teacher, to_student

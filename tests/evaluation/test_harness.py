@@ -6,6 +6,7 @@ import pytest
 from q2t.capability.electronics import catalog
 from q2t.capability.families import make_families
 from q2t.config import Evaluate, Scratch, Source
+from q2t.deployment.runtime import Answer
 from q2t.evaluation import harness
 from q2t.evaluation.harness import Judged, degenerate, judge, score
 from q2t.sources import fetch, load_model
@@ -28,6 +29,22 @@ def judged(family, correct, text="a", domain="target", finish="stop"):
         problem_id="p", family=family, domain=domain, question="q", text=text, finish_reason=finish,
         correct=correct, rule="", expected=None, measured=None,
     )  # fmt: skip
+
+
+class Parrot:
+    """Answers with the prompt."""
+
+    def prompt(self, question, system=""):
+        return f"{system}{question}"
+
+    def generate(self, requests, **_):
+        yield [(place, Answer(request.prompt, "stop", 1, 1)) for place, request in enumerate(requests)]
+
+
+def test_only_what_is_verified_is_asked_behind_the_system_prompt():
+    general = PROBLEM.model_copy(update={"domain": "general", "check": {}})
+    told, open_ended = harness.answer(Parrot(), [PROBLEM, general], SETTINGS, system="In short: ")
+    assert (told.text, open_ended.text) == ("In short: " + PROBLEM.question, PROBLEM.question)
 
 
 def test_accuracy_is_the_mean_of_the_families_not_of_the_problems():

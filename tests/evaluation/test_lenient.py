@@ -18,7 +18,6 @@ from q2t.records import Problem
 from q2t.sources import fetch
 
 NAMES = ["LT1084-3.3", "LT1084", "uA7805"]
-LIMITS = Evaluate.model_construct(max_new_tokens=4, batch_size=2, confidence=0.95)
 
 
 def problem(check, family="regulator"):
@@ -369,35 +368,22 @@ def test_turns_are_shared_only_where_a_token_ends_with_them(width, shares):
 
 def test_the_harness_judges_a_model_leniently(runtime, monkeypatch):
     test = lessons("gain", 2) + lessons("regulator", 1)
+    limits = Evaluate.model_construct(max_new_tokens=4, batch_size=2, confidence=0.95)
     requests = lenient.requests(runtime.tokenizer, test, test)
     asked, generate = [], runtime.generate
     monkeypatch.setattr(
         runtime, "generate", lambda requests, **options: asked.append(requests) or generate(requests, **options)
     )
-    strict = harness.answer(runtime, test, LIMITS, system="Answer in numbers.")
-    free = harness.answer(runtime, test, LIMITS, requests, lambda asked, _, reason: lenient.judge(asked, "B", reason))
+    strict = harness.answer(runtime, test, limits)
+    free = harness.answer(runtime, test, limits, requests, lambda asked, _, reason: lenient.judge(asked, "B", reason))
     assert [[request.prompt for request in requests] for requests in asked] == [
-        [runtime.prompt(p.question, "Answer in numbers.") for p in test],
+        [runtime.prompt(p.question) for p in test],
         [request.prompt for request in requests],
     ]
     assert [row.problem_id for row in free] == [p.id for p in test]
     assert [row.correct for row in free] == [False, False, test[2].check["expected"] == test[2].check["candidates"][1]]
     both = strict[2].beside(free[2])
     assert both.correct is False and both.text == strict[2].text and both.lenient["correct"] == free[2].correct
-
-
-def test_a_general_prompt_is_asked_without_the_format(runtime, monkeypatch):
-    asked, generate = [], runtime.generate
-    monkeypatch.setattr(
-        runtime, "generate", lambda requests, **options: asked.extend(requests) or generate(requests, **options)
-    )
-    (problem,) = lessons("gain", 1)
-    general = problem.model_copy(update={"domain": "general", "check": {}})
-    harness.answer(runtime, [problem, general], LIMITS, system="Answer in numbers.")
-    assert [request.prompt for request in asked] == [
-        runtime.prompt(problem.question, "Answer in numbers."),
-        runtime.prompt(problem.question),
-    ]
 
 
 def test_chance_is_one_in_the_candidates():
