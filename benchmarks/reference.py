@@ -132,7 +132,7 @@ def training(
     kept = MICRO_BATCH * (PROMPT + lengths.longest) * student.layers * student.hidden * 4
     # Weights and gradient of the head and of a layer are whole, and the head in bfloat16 too.
     gathered = 4 * (2.5 * student.head + 2 * student.inner / student.layers)
-    memory = STATE * student.parameters / gpus + gathered + 2 * teacher.parameters + kept + 4 * 4 * LOGITS
+    memory = STATE * student.parameters / gpus + gathered + 2 * teacher.parameters + kept + 4 * 4 * LOGITS["cuda"]
     return Step(name, memory / 1e9, (learnt + taught) / PEAK / share / 3600, gpus)
 
 

@@ -193,7 +193,7 @@ def measure_loss(ours: bool, width: int, dtype: str) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from q2t.distillation.losses import LOGITS, completion_loss
+    from q2t.distillation.losses import chunk_size, completion_loss
 
     torch.manual_seed(7)
     tokens, words, k = LOSS["tokens"], LOSS["vocabulary"], LOSS["top_k"]
@@ -205,9 +205,8 @@ def measure_loss(ours: bool, width: int, dtype: str) -> dict[str, float]:
         if ours:
             top = torch.full((tokens, k), -5.0)
             labels = torch.arange(k).expand(tokens, k), top, torch.log1p(-top.exp().sum(1))
-            chunk = max(32, LOGITS // words // 32 * 32)
             loss = completion_loss(
-                hidden, head, targets, *labels, torch.zeros(tokens), torch.ones(tokens), 1.0, chunk
+                hidden, head, targets, *labels, torch.zeros(tokens), torch.ones(tokens), 1.0, chunk_size(head)
             ).total
         else:
             teacher = torch.randn(tokens, words)

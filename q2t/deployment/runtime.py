@@ -58,7 +58,7 @@ class TorchEngine:
     def __call__(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: Any
     ) -> tuple[torch.Tensor, Any]:
-        """Logits [batch, vocabulary] of the last position in float32, and the cache that now includes `ids`."""
+        """Logits [batch, vocabulary] of the last position in float32, on the model's device; the cache with `ids`."""
         out = self.model(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
@@ -67,7 +67,7 @@ class TorchEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-        return out.logits[:, -1].float().cpu(), out.past_key_values
+        return out.logits[:, -1].float(), out.past_key_values
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits [length, vocabulary] in float32 of one sequence [1, length]."""
@@ -214,7 +214,7 @@ class Runtime:
         running = torch.ones(len(requests), dtype=torch.bool)
         for left in reversed(range(limit)):
             if temperature == 0:
-                token = logits.argmax(-1)
+                token = logits.argmax(-1).cpu()
             else:
                 uniform = torch.tensor([streams[row].random() for row in rows.tolist()], dtype=torch.float64)
                 token = sample(logits, uniform, temperature, top_p)
@@ -251,7 +251,8 @@ class Runtime:
         if len(distinct) < len(requests):
             places = {r.prompt: place for place, r in enumerate(distinct)}
             rows = torch.tensor([places[r.prompt] for r in requests])
-            logits, mask, positions, past = logits[rows], mask[rows], positions[rows], self.engine.select(past, rows)
+            logits = logits[rows.to(logits.device)]
+            mask, positions, past = mask[rows], positions[rows], self.engine.select(past, rows)
         return logits, mask, positions, past
 
     def _extend(
@@ -272,20 +273,22 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_
     """Nucleus sampling (arXiv 1904.09751) by inverting the cumulative distribution, the likeliest tokens first.
 
     Args:
-        logits: [batch, vocabulary].
+        logits: [batch, vocabulary], on any device. Only the likeliest leave it: CUDA has no cumulative sum that gives
+            the same bits each time.
         uniform: [batch] in [0, 1), one number from each row's own stream.
 
     Returns:
-        Token ids [batch].
+        Token ids [batch], on the CPU.
     """
     everything = (logits / temperature).softmax(-1)
-    probabilities, ids = everything.topk(min(NUCLEUS, everything.shape[-1]))
+    probabilities, ids = (t.cpu() for t in everything.topk(min(NUCLEUS, everything.shape[-1])))
     mass = probabilities.double().sum(-1)
     token = _invert(probabilities, ids, uniform, top_p)
     # Without a nucleus the whole is 1, so that only the numbers beyond these tokens ask for the others.
     short = ((mass < top_p) & ((uniform >= mass) | (top_p < 1))).nonzero().flatten()
     if len(short):
-        token[short] = _invert(*everything[short].sort(dim=-1, descending=True, stable=True), uniform[short], top_p)
+        whole = everything[short.to(everything.device)].cpu()
+        token[short] = _invert(*whole.sort(dim=-1, descending=True, stable=True), uniform[short], top_p)
     return token
 
 

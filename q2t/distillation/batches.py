@@ -18,6 +18,10 @@ BUCKET = 32
 """Lengths are padded to multiples of this: oneDNN keeps a primitive and its memory per shape."""
 
 
+ACTIVATIONS, ROOM = 60, 2**34
+"""Bytes that a forward pass keeps for each token, layer and unit of width, and those that it may keep on a GPU."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of one forward pass, and their completion tokens in one line, row after row."""
@@ -80,6 +84,19 @@ def calibration(rows: Sequence[Row], size: int = 16) -> Iterator[dict[str, Tenso
         lengths = torch.tensor([len(row.input_ids) for row in chosen])
         mask = torch.arange(input_ids.shape[1])[None] < lengths[:, None]
         yield {"input_ids": input_ids, "attention_mask": mask.long()}
+
+
+def at_once(micro_batches: Sequence[Sequence[Row]], config: Any, device: str) -> int:
+    """How many of a step's micro-batches go through a model of this configuration in one pass: 1 on a CPU.
+
+    A GPU is done with a small model's four rows before the next kernel is launched. Padding to the longest row costs it
+    less, and the gradient is the same. A function of the whole step, so that all processes give the same.
+    """
+    if device == "cpu":
+        return 1
+    tokens = max(len(micro) * max(len(row.input_ids) for row in micro) for micro in micro_batches)
+    kept = tokens * ACTIVATIONS * config.num_hidden_layers * config.hidden_size
+    return max(1, ROOM // kept)
 
 
 def predicting_states(model: Any, batch: Batch) -> Tensor:

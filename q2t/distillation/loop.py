@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from q2t.config import Compute, Distill, OnPolicy
-from q2t.distillation import adapters, checkpoint, labels, phases, sharding, weighting
+from q2t.distillation import adapters, batches, checkpoint, labels, phases, sharding, weighting
 from q2t.distillation.objective import Losses, Objective
 from q2t.distillation.online import OnlineTeacher
 from q2t.distillation.rows import Row
@@ -179,10 +180,12 @@ def accumulate(
         ValueError: the loss of a micro-batch is not finite; names the step and the rows.
     """
     tokens = sum(row.completion_tokens for micro in micro_batches for row in micro)
-    own = list(micro_batches[accelerator.process_index :: accelerator.num_processes])
+    dealt = list(micro_batches[accelerator.process_index :: accelerator.num_processes])
+    size = batches.at_once(micro_batches, objective.student.config, accelerator.device.type)
+    own = [list(chain(*dealt[i : i + size])) for i in range(0, len(dealt), size)]
     sharded = sharding.is_sharded(objective)
     # Whoever has shards of a layer takes part whenever one runs: with rows that count nothing, if it has no others.
-    idle = sharded and len(own) * accelerator.num_processes < len(micro_batches)
+    idle = sharded and len(own) < math.ceil(len(micro_batches) / accelerator.num_processes / size)
     sums = [0.0] * len(Losses._fields)
     wrong: Sequence[Row] = ()
     for micro in own:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from q2t.config import Distill
 from q2t.distillation import batches, weighting
-from q2t.distillation.losses import LOGITS, completion_loss
+from q2t.distillation.losses import chunk_size, completion_loss
 from q2t.distillation.online import OnlineTeacher
 from q2t.distillation.rows import Row
 
@@ -59,7 +59,7 @@ class Objective(nn.Module):
             hidden = batches.predicting_states(self.student, batch)
         exact = torch.promote_types(hidden.dtype, torch.float32)
         weights = weighting.token_weights(batch, micro, settings, scale, exact)
-        chunk = max(32, LOGITS // head.shape[0] // 32 * 32)
+        chunk = chunk_size(head)
         if settings.curriculum:
             factor = weighting.curriculum(hidden, head, batch.targets, micro, settings.curriculum, chunk)
             weights = (weights[0] * factor, weights[1] * factor)
@@ -76,7 +76,7 @@ class Objective(nn.Module):
             settings.divergence,
             settings.beta,
         )
-        losses = Losses(*(term.item() for term in terms))
+        losses = Losses(*torch.stack([term.detach() for term in terms]).tolist())  # one wait for the device
         if not teacher:
             return terms.total, losses
         beside = teacher.loss(self.student, states, micro, batch)

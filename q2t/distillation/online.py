@@ -12,7 +12,7 @@ from q2t.config import Compute, Online
 from q2t.distillation import features, span_losses
 from q2t.distillation.alignment import Vocabulary, align_rows, same_vocabulary
 from q2t.distillation.batches import Batch, collate
-from q2t.distillation.losses import LOGITS
+from q2t.distillation.losses import chunk_size
 from q2t.distillation.rows import NO_SYSTEMS, Row, encode
 from q2t.records import Example
 from q2t.sources import load_model, load_tokenizer
@@ -119,7 +119,7 @@ class OnlineTeacher:
             heads = [model.get_output_embeddings().weight for model in (student, self.model)]
             ours = span_losses.Predictions(states.last, heads[0], batch.targets)
             teacher = span_losses.Predictions(theirs.last, heads[1], teacher_batch.targets)
-            chunk = max(32, LOGITS // max(len(head) for head in heads) // 32 * 32)
+            chunk = chunk_size(*heads)
             if settings.spans == "uld":
                 values = span_losses.uld_loss(ours, teacher, spans, chunk)
             else:
