@@ -326,7 +326,7 @@ def main() -> None:
     settings: dict[str, Any] = {
         "student": STUDENT.name,
         "teacher": TEACHER.name,
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "dtype": given.dtype,
     }
     settings |= {"threads": os.environ.get("OMP_NUM_THREADS", "default"), "rows": given.rows, "batch_size": BATCH}
