@@ -104,7 +104,9 @@ def specialize(
         for group in step
     ]
     # The trainer cuts it again by `micro`: an epoch's short micro-batch goes to the end, or all after it would be torn.
+    # A GPU takes the micro-batches of a step in one pass, which changes no step.
     order = [row for group in sorted(groups, key=len, reverse=True) for row in group]
+    at_once = micro if compute.device == "cpu" else settings.batch_size
     # The trainer forgets its running loss at a resume: there must be none at a checkpoint but the last.
     assert save_every % LOG_EVERY == 0
     for half_written in checkpoints.glob("checkpoint-*"):
@@ -113,8 +115,8 @@ def specialize(
     arguments = SFTConfig(
         output_dir=str(checkpoints),
         num_train_epochs=1,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=settings.batch_size // micro,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=settings.batch_size // at_once,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_ratio=settings.warmup,
