@@ -6,7 +6,8 @@ writes the table of docs/distillation.md in seconds, on any machine. Parameters 
 memory. Operations follow from them and from the profile's questions, samples, epochs and cuts; what the teacher makes
 of the questions is not known before it is asked, so the length of an answer and the share that is kept are arguments.
 Time is operations by the peak of the device, or bytes by its bandwidth where that takes longer (decoding), times the
-share of its peak that training reached in benchmarks/results/training.json: on a CPU, since no GPU has been measured.
+share of its peak that training on gemma's shape reached in benchmarks/results/gpu.json. No decoding of such a model was
+measured.
 """
 
 import argparse
@@ -25,13 +26,11 @@ from q2t.distillation.phases import MICRO_BATCH
 from q2t.readme import fill
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINING = ROOT / "benchmarks/results/training.json"
-PEAK, BANDWIDTH = 989e12, 3.35e12
-"""Of an H100 SXM: bf16 operations and bytes a second, as its data sheet says."""
+MEASURED = json.loads((ROOT / "benchmarks/results/gpu.json").read_text(encoding="utf-8"))
+PEAK, BANDWIDTH = MEASURED["runs"]["matmul"]["peak"] * 1e12, 4.8e12
+"""Of an H200: bf16 operations a second, measured, and bytes a second, as its data sheet says."""
 STATE = 16
 """Bytes a parameter: weight, gradient and two moments in float32."""
-DRAW = 0.13
-"""Seconds that one CPU core took to draw 64 tokens of 151,936 from peaked logits, as the runtime does."""
 PROMPT = 128
 """Tokens of a question, system prompt included."""
 
@@ -106,28 +105,24 @@ class Step(NamedTuple):
     devices: int = 1
 
 
-def generation(name: str, model: Model, answers: int, lengths: Lengths, batch: int, share: float, draw: float) -> Step:
-    """Answers in batches, each as many steps as its longest takes: reads all weights, and the cache of half a text.
-
-    Args:
-        draw: seconds a step that the CPU takes to draw the next tokens, with no share.
-    """
+def generation(name: str, model: Model, answers: int, lengths: Lengths, batch: int, share: float) -> Step:
+    """Answers in batches, each as many steps as its longest takes: reads all weights, and the cache of half a text."""
     steps = answers / batch * lengths.longest
     compute = 2 * (model.inner + model.head) * answers * (PROMPT + lengths.mean) / PEAK
     read = steps * (2 * model.parameters + batch * (PROMPT + lengths.longest / 2) * model.cache) / BANDWIDTH
     gigabytes = (2 * model.parameters + batch * (PROMPT + lengths.longest) * model.cache) / 1e9
-    return Step(name, gigabytes, (max(compute, read) / share + steps * draw) / 3600)
+    return Step(name, gigabytes, (max(compute, read) / share) / 3600)
 
 
 def training(
     name: str, student: Model, teacher: Model, rows: int, lengths: Lengths, epochs: int, gpus: int, share: float
 ) -> Step:
-    """With checkpointed activations: forward twice, backward, and the teacher's forward beside it.
+    """Forward, backward, and the teacher's forward beside it; that activations are computed twice is in the share.
 
     The head runs for the words and for the spans, where it and the teacher's run again for the gradient.
     """
     tokens, completions = rows * epochs * (PROMPT + lengths.mean), rows * epochs * lengths.mean
-    learnt = 8 * student.inner * tokens + 14 * student.head * completions
+    learnt = 6 * student.inner * tokens + 14 * student.head * completions
     taught = 2 * teacher.inner * tokens + 4 * teacher.head * completions
     kept = MICRO_BATCH * (PROMPT + lengths.longest) * student.layers * student.hidden * 4
     # Weights and gradient of the head and of a layer are whole, and the head in bfloat16 too.
@@ -136,7 +131,7 @@ def training(
     return Step(name, memory / 1e9, (learnt + taught) / PEAK / share / 3600, gpus)
 
 
-def steps(params: Params, length: int, kept: float, gpus: int, share: float, draw: float) -> list[Step]:
+def steps(params: Params, length: int, kept: float, gpus: int, share: float) -> list[Step]:
     teacher = r1()
     cut = params.initialize.layers, params.prune.intermediate, params.initialize.vocabulary
     student = gemma(cut[0], vocabulary=cut[2])
@@ -147,13 +142,13 @@ def steps(params: Params, length: int, kept: float, gpus: int, share: float, dra
     rows = round(answers * kept)
     asked = len(params.capability.families) * params.capability.test
     size = expert.batch_size
-    lengths, greedy = Lengths(length, expert.max_new_tokens), 0.0
+    lengths = Lengths(length, expert.max_new_tokens)
     return [
-        generation(f"generate: {answers:,} answers", teacher, answers, lengths, size, share, draw),
+        generation(f"generate: {answers:,} answers", teacher, answers, lengths, size, share),
         training("distill", student, teacher, rows, lengths, params.distill.epochs, gpus, share),
         training("prune, heal", pruned, teacher, rows, lengths, params.prune.epochs, gpus, share),
-        generation("evaluate: teacher", teacher, asked, lengths, size, share, greedy),
-        generation("evaluate: pruned student", pruned, asked, lengths, size, share, greedy),
+        generation("evaluate: teacher", teacher, asked, lengths, size, share),
+        generation("evaluate: pruned student", pruned, asked, lengths, size, share),
     ]
 
 
@@ -173,18 +168,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=1024, help="tokens of an answer")
     parser.add_argument("--kept", type=float, default=0.5, help="share of the answers that are learnt from")
-    parser.add_argument("--draw", type=float, default=DRAW, help="seconds to draw a batch's next tokens, on the CPU")
     parser.add_argument("--gpus", type=int, default=8, help="that share distill and prune")
     parser.add_argument("--price", type=float, default=3.0, help="dollars a GPU hour")
     given = parser.parse_args()
-    share = json.loads(TRAINING.read_text(encoding="utf-8"))["share_of_matmul_peak"]
+    share = MEASURED["share_of_peak_gemma3_4b"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "params.yaml"
         path.write_bytes((ROOT / "params.yaml").read_bytes())
         profile.apply("r1-gemma", path)
         params = load(path)
     with torch.device("meta"):
-        rows = steps(params, given.length, given.kept, given.gpus, share, given.draw)
+        rows = steps(params, given.length, given.kept, given.gpus, share)
         sizes = [f"{model.parameters / 1e9:.2f}" for model in (r1(), gemma())]
     said = (
         f"The teacher has {sizes[0]} billion parameters, gemma {sizes[1]}. Answers of {given.length:,} tokens, "
