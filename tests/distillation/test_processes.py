@@ -1,4 +1,4 @@
-"""Two processes that share the steps of a run, or the weights too, started by torchrun as `accelerate launch` does."""
+"""Two processes that share the steps of a run, or the weights too, started by `accelerate launch` as the docs say."""
 
 import json
 import os
@@ -41,8 +41,6 @@ model = loop.train(tiny_model(), make_rows({ROWS}, unlabelled_every=5), settings
 assert loop.torch.distributed.get_world_size() == 2
 weights(model, folder / f"model-{{os.environ['RANK']}}")
 """
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""What `accelerate launch` says to its processes with q2t/launch/fsdp2.yaml."""
 
 
 def launch(folder: Path, die_at: int = 0, sharded: bool = False, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -50,10 +48,12 @@ def launch(folder: Path, die_at: int = 0, sharded: bool = False, **more: Any) ->
     here = Path(__file__).parent
     script = folder / "child.py"
     script.write_text(CHILD, encoding="utf-8")
-    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = (
-        os.environ | {"PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1"} | (SHARDED if sharded else {})
-    )
+    root = here.parents[1]
+    configuration = root / "q2t/launch" / ("fsdp2.yaml" if sharded else "ddp.yaml")
+    # Port 0 is any that is free.
+    how = ["--config_file", str(configuration), "--num_processes", "2", "--main_process_port", "0"]
+    starter = [sys.executable, "-m", "accelerate.commands.launch", *how]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [*starter, str(script), str(folder), str(here), str(die_at), json.dumps(more)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
