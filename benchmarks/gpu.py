@@ -24,9 +24,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from training import TRL, WIDTHS, needed
+
+from q2t.config import Compute
 from q2t.readme import fill
 from q2t.records import write_json
 
+COMPUTE = Compute(threads=4, dtype="bfloat16", device="cuda")
 EPOCHS, TOP_K = 3, 50
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2": {
@@ -56,14 +60,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "smollm2": {"rows": 512, "batch_size": 64, "prompt": (60, 120), "completion": (40, 160)},
     "gemma3_4b": {"rows": 32, "batch_size": 16, "prompt": (100, 200), "completion": (300, 1024)},
 }
-TRL: dict[str, dict[str, Any]] = {
-    "trl_ce_padding_free": {"padding_free": True, "max_length": None, "gradient_checkpointing": False},
-    "trl_ce_grouped": {"group_by_length": True, "gradient_checkpointing": False},
-    "trl_kd_grouped": {"group_by_length": True, "gradient_checkpointing": False},
-    "trl_kd_grouped_checkpointing": {"group_by_length": True, "gradient_checkpointing": True},
-}
 LOSS = {"tokens": 4096, "vocabulary": 262_144}
-WIDTHS = {"gemma3_270m": 640, "gemma3_4b": 2560}
 
 
 def make_rows(shape: str) -> list[Any]:
@@ -119,12 +116,11 @@ def measure_training(train: Callable[[], Any], rows: Sequence[Any]) -> dict[str,
 
 
 def train_q2t(shape: str, distil: bool, folder: Path) -> dict[str, float]:
-    from q2t.config import Compute, load
+    from q2t.config import load
     from q2t.determinism import seed_everything
     from q2t.distillation.loop import train
 
-    compute = Compute(threads=4, dtype="bfloat16", device="cuda")
-    seed_everything(7, compute)
+    seed_everything(7, COMPUTE)
     shared = {"epochs": EPOCHS, "batch_size": ROWS[shape]["batch_size"], "learning_rate": 1e-5}
     shared |= {"gradient_checkpointing": shape != "smollm2"}
     settings = load().distill.model_copy(update=shared | ({} if distil else {"alpha": 0.0}))
@@ -134,21 +130,10 @@ def train_q2t(shape: str, distil: bool, folder: Path) -> dict[str, float]:
         rows = [replace(row, **none) for row in rows]
     model = make_model(shape)
     flops = needed(model, rows)
-    more: dict[str, Any] = {"seed": 7, "compute": compute, "save_every": 10**6}
+    more: dict[str, Any] = {"seed": 7, "compute": COMPUTE, "save_every": 10**6}
     places: dict[str, Any] = {"checkpoints": folder / "checkpoints", "curve": folder / "curve.csv"}
     measured = measure_training(lambda: train(model, rows, settings, **more, **places), rows)
     return measured | {"tflops": round(flops * measured["tokens_per_second"] / 1e12, 1)}
-
-
-def needed(model: Any, rows: Sequence[Any]) -> float:
-    """Operations that training needs per token of the rows, as in benchmarks/training.py; nothing is counted twice."""
-    config, embedding = model.config, model.get_input_embeddings().weight
-    inner = sum(p.numel() for p in model.parameters() if p.ndim == 2 and p.shape != embedding.shape)
-    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    lengths = [len(row.input_ids) for row in rows]
-    completions = sum(row.completion_tokens for row in rows)
-    flops = 6 * (inner * sum(lengths) + embedding.numel() * completions) + 3 * attention * sum(n**2 for n in lengths)
-    return flops / sum(lengths)
 
 
 def train_trl(distil: bool, setup: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -197,13 +182,15 @@ def measure_peak() -> dict[str, Any]:
 
 
 def measure_loss(ours: bool, width: int) -> dict[str, float]:
-    """Time of forward and backward of the distillation loss, and the memory that they add to its inputs."""
+    """Time of forward and backward of the distillation loss, and the memory that they add to its inputs; the naive
+    one's teacher logits are counted, and made before."""
     import torch
     import torch.nn.functional as F
 
+    from q2t.determinism import seed_everything
     from q2t.distillation.losses import chunk_size, completion_loss
 
-    torch.manual_seed(7)
+    seed_everything(7, COMPUTE)
     tokens, words, cuda = LOSS["tokens"], LOSS["vocabulary"], torch.device("cuda")
     hidden = torch.randn(tokens, width, device=cuda, requires_grad=True)
     head = torch.empty(words, width, device=cuda).normal_(std=0.02).requires_grad_()
@@ -212,6 +199,7 @@ def measure_loss(ours: bool, width: int) -> dict[str, float]:
     ids = torch.arange(TOP_K, device=cuda).expand(tokens, TOP_K)
     labels = ids, top, torch.log1p(-top.exp().sum(1))
     weights = torch.zeros(tokens, device=cuda), torch.ones(tokens, device=cuda)
+    teacher = None if ours else torch.randn(tokens, words, device=cuda)
 
     def once() -> None:
         hidden.grad = head.grad = None
@@ -219,16 +207,16 @@ def measure_loss(ours: bool, width: int) -> dict[str, float]:
             if ours:
                 loss = completion_loss(hidden, head, targets, *labels, *weights, 1.0, chunk_size(head)).total
             else:
-                teacher = torch.randn(tokens, words, device=cuda)
                 student = (hidden @ head.T).float()
                 loss = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
-                del teacher, student
+                del student
         loss.backward()
 
     once()
     hidden.grad = head.grad = None
     torch.cuda.reset_peak_memory_stats()
-    before, start = torch.cuda.memory_allocated(), time.perf_counter()
+    before = torch.cuda.memory_allocated() - (0 if teacher is None else 4 * teacher.numel())
+    start = time.perf_counter()
     for _ in range(5):
         once()
     torch.cuda.synchronize()
@@ -284,7 +272,8 @@ def section(results: dict[str, Any]) -> str:
         "against SFTTrainer's fastest setup": f"{results['throughput_vs_trl_ce']:.2f}",
         "SmolLM2-135M, distillation: tokens a second": f"{runs['q2t_kd_smollm2']['tokens_per_second']:,}",
         "against GKDTrainer's fastest setup, off policy": f"{results['throughput_vs_trl_kd']:.2f}",
-        "memory, against GKDTrainer's smallest": f"{results['memory_vs_trl_kd']:.2f}",
+        "memory, cross-entropy against SFTTrainer's smallest": f"{results['memory_vs_trl_ce']:.2f}",
+        "memory, distillation against GKDTrainer's smallest": f"{results['memory_vs_trl_kd']:.2f}",
         "share of the card's matrix peak": f"{results['share_of_peak_smollm2']:.1%}",
         "gemma-3-4b's shape, distillation: tokens a second": f"{runs['q2t_kd_gemma3_4b']['tokens_per_second']:,}",
         "share of the card's matrix peak, recomputed activations not counted": (
@@ -294,10 +283,9 @@ def section(results: dict[str, Any]) -> str:
     }
     for size, width in WIDTHS.items():
         memory, seconds = (results[f"loss_{what}_vs_naive_262k_{size}"] for what in ("memory", "time"))
-        rows[f"the loss at 262,144 tokens and width {width:,}, against the naive one: memory, time"] = (
-            f"{memory:.2f}, {seconds:.2f}"
-        )
-    said = f"{runs['matmul']['device']}, bfloat16, {runs['matmul']['peak']} TFLOP/s at best."
+        what = f"the loss of {LOSS['tokens']:,} tokens, vocabulary 262,144, width {width:,}, against the naive"
+        rows[f"{what}: memory, time"] = f"{memory:.2f}, {seconds:.2f}"
+    said = f"{runs['matmul']['device']}, bfloat16, {runs['matmul']['peak']} TFLOP/s at best, one run each."
     return "\n".join(
         [said, "", "| Figure | |", "|:--|--:|", *(f"| {name} | {value} |" for name, value in rows.items())]
     )

@@ -4,6 +4,7 @@ Rows are padded to the right, and attention is causal, so that no real token eve
 mask is needed. What is padding is known from the lengths, never from an id, so pad == eos is no problem.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,8 +19,9 @@ BUCKET = 32
 """Lengths are padded to multiples of this: oneDNN keeps a primitive and its memory per shape."""
 
 
-ACTIVATIONS, ROOM = 60, 2**34
-"""Bytes that a forward pass keeps for each token, layer and unit of width, and those that it may keep on a GPU."""
+ACTIVATIONS, LAYER_INPUT = 60, 4
+"""Bytes that a layer keeps for its backward, for each token and unit of width; or with gradient checkpointing, when a
+layer at a time keeps the former."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,28 @@ def calibration(rows: Sequence[Row], size: int = 16) -> Iterator[dict[str, Tenso
         yield {"input_ids": input_ids, "attention_mask": mask.long()}
 
 
-def at_once(micro_batches: Sequence[Sequence[Row]], config: Any, device: str) -> int:
-    """How many of a step's micro-batches go through a model of this configuration in one pass: 1 on a CPU.
+def room(device: str) -> int:
+    """Bytes that a forward pass may keep for its backward: an eighth of a GPU's memory."""
+    return int(torch.cuda.get_device_properties(device).total_memory) // 8
+
+
+def at_once(count: int, tokens: int, config: Any, device: str, *, checkpointing: bool = False) -> int:
+    """How many of `count` micro-batches go through a model of this configuration in one pass: 1 on a CPU.
 
     A GPU is done with a small model's four rows before the next kernel is launched. Padding to the longest row costs it
-    less, and the gradient is the same. A function of the whole step, so that all processes give the same.
+    less, and the gradient is the same.
+
+    Args:
+        count: micro-batches of a step and process, as many as the process with the most has.
+        tokens: of the largest micro-batch of the step, padding included.
+        checkpointing: activations are computed again for the gradient.
     """
     if device == "cpu":
         return 1
-    tokens = max(len(micro) * max(len(row.input_ids) for row in micro) for micro in micro_batches)
-    kept = tokens * ACTIVATIONS * config.num_hidden_layers * config.hidden_size
-    return max(1, ROOM // kept)
+    layers = config.num_hidden_layers
+    each = LAYER_INPUT * layers + ACTIVATIONS if checkpointing else ACTIVATIONS * layers
+    most = max(1, room(device) // (tokens * each * config.hidden_size))
+    return math.ceil(count / math.ceil(count / most))  # in equal passes: a last one of few rows takes as long
 
 
 def predicting_states(model: Any, batch: Batch) -> Tensor:

@@ -104,13 +104,13 @@ def _ask(runtime: "Runtime", question: str) -> tuple[float, float]:
         ids = runtime.tokenizer(runtime.prompt(question), add_special_tokens=False, return_tensors="pt").input_ids
         mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1])[None]
         logits, past = runtime.engine(ids, mask, positions, None)
-        ids = logits.argmax(-1)[:, None]
+        ids = logits.argmax(-1)[:, None].cpu()  # and waits for a GPU
         first = time.perf_counter()
         for _ in range(TOKENS):
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             positions = positions[:, -1:] + 1
             logits, past = runtime.engine(ids, mask, positions, past)
-            ids = logits.argmax(-1)[:, None]
+            ids = logits.argmax(-1)[:, None].cpu()
         return first - start, time.perf_counter() - first
 
 

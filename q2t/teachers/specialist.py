@@ -47,7 +47,7 @@ def specialize(
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from q2t.distillation.batches import plan
+    from q2t.distillation import batches
 
     class Completing(TrainerCallback):
         """The trainer fills a folder checkpoint-N in place, so that one may be half-written. Once it is whole, it gets
@@ -100,13 +100,15 @@ def specialize(
     groups = [
         group
         for epoch in range(settings.epochs)
-        for step in plan(lengths, settings.batch_size, micro, seed=seed, epoch=epoch)
+        for step in batches.plan(lengths, settings.batch_size, micro, seed=seed, epoch=epoch)
         for group in step
     ]
     # The trainer cuts it again by `micro`: an epoch's short micro-batch goes to the end, or all after it would be torn.
-    # A GPU takes the micro-batches of a step in one pass, which changes no step.
+    # A GPU takes several micro-batches in one pass, which changes no step.
     order = [row for group in sorted(groups, key=len, reverse=True) for row in group]
-    at_once = micro if compute.device == "cpu" else settings.batch_size
+    parts = settings.batch_size // micro
+    together = batches.at_once(parts, micro * max(lengths), model.config, compute.device.partition(":")[0])
+    at_once = micro * max(n for n in range(1, together + 1) if parts % n == 0)
     # The trainer forgets its running loss at a resume: there must be none at a checkpoint but the last.
     assert save_every % LOG_EVERY == 0
     for half_written in checkpoints.glob("checkpoint-*"):
@@ -137,6 +139,7 @@ def specialize(
         report_to="none",
         dataloader_num_workers=0,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # TRL has no nn.DataParallel, which transformers takes for several GPUs
     trainer = CompletionTrainer(
         model=model,
         args=arguments,

@@ -4,10 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from q2t.distillation import batches
 from q2t.distillation.batches import BUCKET, calibration, collate, plan, predicting_states
 
 
@@ -126,3 +128,18 @@ def test_calibration_batches_hide_padding_and_nothing_else(rows: Any) -> None:
     shown = [(ids, mask) for b in found for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)]
     for (ids, mask), row in zip(shown, chosen, strict=True):
         assert ids[mask.bool()].tolist() == row.input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "count, room, expected",
+    [(16, 16, 16), (16, 15, 8), (16, 40, 16), (16, 1, 1), (16, 0, 1), (5, 2, 2), (7, 6, 4)],
+)
+def test_a_gpu_takes_micro_batches_in_equal_passes_that_fit(
+    count: int, room: int, expected: int, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, tokens = model().config, 4 * 96
+    one = tokens * batches.ACTIVATIONS * config.num_hidden_layers * config.hidden_size
+    monkeypatch.setattr(batches, "room", lambda device: room * one + one // 2)
+    assert batches.at_once(count, tokens, config, "cuda") == expected
+    assert batches.at_once(count, tokens, config, "cuda", checkpointing=True) >= expected
+    assert batches.at_once(count, tokens, config, "cpu") == 1

@@ -13,6 +13,8 @@ from q2t.deployment.runtime import Request, load
 from q2t.determinism import seed_everything
 from q2t.distillation import batches
 from q2t.distillation.labels import label
+from q2t.distillation.objective import Objective
+from q2t.evaluation import cost
 from q2t.sources import fetch, load_model, load_tokenizer
 
 pytestmark = pytest.mark.gpu
@@ -76,10 +78,14 @@ def test_two_runs_and_a_killed_one_give_the_same_bytes(
 def test_micro_batches_that_go_through_at_once_give_the_same_curve(
     run: Any, model: Any, rows: Any, settings: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    settings = settings.model_copy(update={"batch_size": 8})
+    settings, passes = settings.model_copy(update={"batch_size": 8}), []
+    forward = Objective.forward
+    monkeypatch.setattr(Objective, "forward", lambda *given: passes.append(len(given[1])) or forward(*given))
     _, together = run(model, rows, settings, on_gpu("float32"), tmp_path / "together")
-    monkeypatch.setattr(batches, "ROOM", 1)
+    assert passes == 2 * [8, 8, 6]
+    monkeypatch.setattr(batches, "room", lambda device: 1)
     _, one_by_one = run(model, rows, settings, on_gpu("float32"), tmp_path / "one by one")
+    assert passes[6:] == 2 * [4, 4, 4, 4, 4, 2]
     np.testing.assert_allclose(curve(together), curve(one_by_one), rtol=1e-3, atol=1e-5)
 
 
@@ -94,6 +100,7 @@ def test_its_answers_are_those_of_the_cpu(tmp_path: Path) -> None:
             settings = {"max_new_tokens": 24, "batch_size": 8, "temperature": temperature, "top_p": 0.95}
             found.append(dict(pair for batch in runtime.generate(requests, **settings) for pair in batch))
         found.append(runtime.bits(requests[0].prompt, "A fox is an animal.", stops=True))
+        assert min(cost._ask(runtime, "What is a fox?")) > 0
     assert found[0] == found[3] == found[6] and found[1] == found[4] == found[7]
     assert len({answer.text for answer in found[1].values()}) > 8
     assert found[2] == pytest.approx(found[5], rel=1e-4)

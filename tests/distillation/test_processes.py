@@ -26,6 +26,8 @@ from conftest import SETTINGS, make_rows, tiny_model, weights
 from q2t.config import Compute
 from q2t.distillation import checkpoint, loop, sharding
 folder, at, more = Path(sys.argv[1]), int(sys.argv[3]), json.loads(sys.argv[4])
+at_once = more.pop("at_once", 1)
+loop.batches.at_once = lambda *_, **__: at_once
 save = checkpoint.save
 def dying(checkpoints, step, objective, *rest, write):
     own = sum(getattr(p, "_local_tensor", p).numel() for p in objective.parameters())
@@ -103,6 +105,27 @@ def test_two_processes_learn_as_one(
     load_model(learnt, together / "model-0")
     for ours, theirs in zip(learnt.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_so_they_do_with_two_micro_batches_in_a_pass(
+    sharded: bool, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+) -> None:
+    """As on a GPU. In the second step of each epoch, one micro-batch is left, and the second process idles."""
+    changes = {"batch_size": 16}
+    succeed(tmp_path, sharded=sharded, at_once=2, **changes)
+    loop.train(
+        model(),
+        rows(ROWS, unlabelled_every=5),
+        settings.model_copy(update=changes),
+        seed=3,
+        compute=compute,
+        checkpoints=tmp_path / "alone",
+        curve=tmp_path / "alone" / "curve.csv",
+    )
+    alone, both = curve(tmp_path / "alone"), curve(tmp_path)
+    assert len(alone) == 4
+    assert both == [pytest.approx(line, rel=1e-4) for line in alone]
 
 
 @pytest.mark.parametrize("sharded", [False, True])
