@@ -302,12 +302,10 @@ def main() -> None:
     names = ["matmul", "q2t_ce_smollm2", "q2t_kd_smollm2", *TRL, "q2t_kd_gemma3_4b"]
     names += [f"loss_{whose}_{size}" for size in WIDTHS for whose in ("q2t", "naive")]
     runs: dict[str, dict[str, Any]] = {}
-    given.output.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         done = subprocess.run([sys.executable, __file__, "--only", name], stdout=subprocess.PIPE, text=True)
         runs[name] = json.loads(done.stdout.splitlines()[-1]) if not done.returncode else {"failed": done.returncode}
         print(name, runs[name], file=sys.stderr, flush=True)
-        write_json(given.output, {"runs": runs})
     settings = {"epochs": EPOCHS, "top_k": TOP_K, "rows": ROWS, "shapes": SHAPES, "trl": TRL, "loss": LOSS | WIDTHS}
     settings |= {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")}
     results = {"settings": settings, **figures(runs), "runs": runs}

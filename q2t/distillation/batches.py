@@ -17,8 +17,6 @@ from q2t.distillation.rows import Row
 
 BUCKET = 32
 """Lengths are padded to multiples of this: oneDNN keeps a primitive and its memory per shape."""
-
-
 ACTIVATIONS, LAYER_INPUT = 60, 4
 """Bytes that a layer keeps for its backward, for each token and unit of width; or with gradient checkpointing, when a
 layer at a time keeps the former."""
@@ -101,7 +99,7 @@ def at_once(count: int, tokens: int, config: Any, device: str, *, checkpointing:
 
     Args:
         count: micro-batches of a step and process, as many as the process with the most has.
-        tokens: of the largest micro-batch of the step, padding included.
+        tokens: of the largest micro-batch of the step, its rows as long as the longest.
         checkpointing: activations are computed again for the gradient.
     """
     if device == "cpu":

@@ -159,7 +159,7 @@ def accelerator() -> Any:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=True)
+    return Accelerator(cpu=True, mixed_precision="no")  # or what a Trainer of this process left in the environment
 
 
 def weights(model: Any, path: Path) -> bytes:

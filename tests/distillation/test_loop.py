@@ -43,6 +43,19 @@ def test_the_split_into_micro_batches_changes_nothing(
         torch.testing.assert_close(gradient(network, split, settings, accelerator), whole)
 
 
+def test_micro_batches_that_share_a_pass_have_the_gradient_of_those_that_do_not(
+    gradient: Any, model: Any, rows: Any, settings: Any, accelerator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, chosen = model(dtype=torch.float64), rows(9, unlabelled_every=3)
+    split = [chosen[i : i + 2] for i in range(0, 9, 2)]
+    alone = gradient(network, split, settings, accelerator)
+    passes, forward = [], objective.Objective.forward
+    monkeypatch.setattr(objective.Objective, "forward", lambda *given: passes.append(len(given[1])) or forward(*given))
+    monkeypatch.setattr(loop.batches, "at_once", lambda *_, **__: 3)
+    torch.testing.assert_close(gradient(network, split, settings, accelerator), alone)
+    assert passes == [6, 3]
+
+
 def test_the_loss_is_that_of_the_definition(
     gradient: Any, model: Any, rows: Any, settings: Any, accelerator: Any
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainerState
 
 from q2t.config import Compute, Scratch, Source, Specialize
+from q2t.distillation import batches
 from q2t.records import Problem
 from q2t.sources import fetch, load_model, load_tokenizer
 from q2t.teachers.specialist import specialize
@@ -65,6 +66,20 @@ def test_the_curve_has_a_row_for_every_five_steps_and_the_rest_and_falls(whole):
     assert [row["step"] for row in curve] == [5, 10, 14]
     assert all(set(row) == {"step", "loss", "learning_rate", "gradient_norm"} for row in curve)
     assert curve[-1]["loss"] < curve[0]["loss"]
+
+
+def test_micro_batches_in_one_pass_change_no_step(source, whole, tmp_path, monkeypatch):
+    """As on a GPU, which takes several."""
+    passes, loss = [], Trainer.training_step
+    monkeypatch.setattr(
+        Trainer,
+        "training_step",
+        lambda self, model, inputs, *rest: passes.append(len(inputs["input_ids"])) or loss(self, model, inputs, *rest),
+    )
+    monkeypatch.setattr(batches, "at_once", lambda count, *_: count)
+    _, curve = run(source, tmp_path)
+    assert len(passes) == STEPS and max(passes) == 8
+    assert [row["loss"] for row in curve] == pytest.approx([row["loss"] for row in whole["float32"][1]], rel=1e-3)
 
 
 def test_a_run_of_few_steps_has_a_curve_too(source, tmp_path):
