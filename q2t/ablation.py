@@ -29,6 +29,10 @@ SIZES = ("teacher", "student", "pruned")
 BASIC = ("cross-entropy only", "default")
 """Controls that the table of methods begins with."""
 
+EARLIER = " †"
+"""Behind the name of a result that started from another model than dvc.lock has now."""
+FOOTNOTE = "† started from an earlier run's model; `make ablations` does it again from the present one."
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -136,13 +140,16 @@ def result(experiment: Experiment, root: Path) -> dict[str, Any]:
 def controls(root: Path = Path(".")) -> str:
     """The table of what each part is worth, and a sentence on the spread; a sentence where nothing was run.
 
-    Here and in the other tables, a result counts while dvc.lock still has the model that it started from.
+    Here and in the other tables, EARLIER marks a result whose model dvc.lock no longer has. It says what the change was
+    worth there, beside others of the same mark.
     """
     rows = _results("controls", root)
     spread = _groups()["controls"]["spread"]
     lines = [_accuracies(rows)]
-    if set(spread) <= set(rows):
-        found = [rows[name]["accuracy"] for name in spread]
+    for mark in ("", EARLIER):
+        if not {name + mark for name in spread} <= set(rows):
+            continue
+        found = [rows[name + mark]["accuracy"] for name in spread]
         lines += [
             "",
             f"The order of the rows alone ({', '.join(spread)}) moves accuracy between {percent(min(found))} and "
@@ -154,7 +161,8 @@ def controls(root: Path = Path(".")) -> str:
 def methods(root: Path = Path(".")) -> str:
     """The table of ways to distil, below the two that are controls as well."""
     basic = _results("controls", root)
-    return _accuracies({name: basic[name] for name in BASIC if name in basic} | _results("methods", root))
+    beside = {name: basic[name] for first in BASIC for name in (first, first + EARLIER) if name in basic}
+    return _accuracies(beside | _results("methods", root))
 
 
 def _accuracies(rows: dict[str, Any]) -> str:
@@ -164,7 +172,11 @@ def _accuracies(rows: dict[str, Any]) -> str:
     for name, row in rows.items():
         accuracy = f"{percent(row['accuracy'])} ({span(row['interval'])})"
         lines.append(f"| {name} | {row['rows']} | {accuracy} | {percent(row['retention'])} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + _footnote(rows)
+
+
+def _footnote(names: Iterable[str]) -> str:
+    return f"\n\n{FOOTNOTE}" if any(name.endswith(EARLIER) for name in names) else ""
 
 
 def sizes(root: Path = Path(".")) -> str:
@@ -172,7 +184,8 @@ def sizes(root: Path = Path(".")) -> str:
     models = json.loads((root / "reports/summary.json").read_text(encoding="utf-8"))
     rows = {name: models[name] for name in SIZES if name in models} | _results("sizes", root)
     figures = ("accuracy", "interval", "retention", "parameters", "bytes")
-    return report_summary.markdown_table({name: {key: row[key] for key in figures} for name, row in rows.items()})
+    table = report_summary.markdown_table({name: {key: row[key] for key in figures} for name, row in rows.items()})
+    return table + _footnote(rows)
 
 
 def _groups() -> dict[str, Any]:
@@ -181,14 +194,14 @@ def _groups() -> dict[str, Any]:
 
 
 def _results(group: str, root: Path) -> dict[str, Any]:
-    """By name the results of those that were run from the present models, in the order of ablations.yaml."""
+    """By name the results of those that were run, in the order of ablations.yaml."""
     present = out_hashes(read_yaml((root / LOCK).read_text(encoding="utf-8"))["stages"])
     found = {}
     for each in experiments(group):
         path = root / RESULTS / f"{each.slug}.json"
-        row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if row and row["started_from"] == present.get(each.model):
-            found[each.name] = row
+        if path.is_file():
+            row = json.loads(path.read_text(encoding="utf-8"))
+            found[each.name + ("" if row["started_from"] == present.get(each.model) else EARLIER)] = row
     return found
 
 

@@ -87,12 +87,37 @@ def test_the_controls_that_were_run_in_the_order_of_the_list(tmp_path):
     assert third.startswith("| answers unverified | 7 | 25.0%")
 
 
-def test_a_result_of_another_teacher_is_not_shown(tmp_path):
-    write(tmp_path, "controls", default=0.5, seed_8=0.6)
+def test_a_result_of_another_teacher_is_marked(tmp_path):
+    seeds = {"default": 0.5, "seed_8": 0.6, "seed_9": 0.4}
+    write(tmp_path, "controls", **seeds, cross_entropy_only=0.3)
+    assert ablation.FOOTNOTE not in ablation.controls(tmp_path)
     path = tmp_path / "reports/ablations/default.json"
     path.write_text(path.read_text().replace("models/teacher", "another"))
-    (row,) = ablation.controls(tmp_path).splitlines()[2:]
-    assert row.startswith("| seed 8 |")
+    first, second, third, *_, said = ablation.controls(tmp_path).splitlines()[2:]
+    assert first.startswith("| default † |")
+    assert second.startswith("| seed 8 |") and third.startswith("| seed 9 |")
+    assert said == ablation.FOOTNOTE  # and no spread of seeds from two teachers
+    assert [line.split(" | ")[0] for line in ablation.methods(tmp_path).splitlines()[2:4]] == [
+        "| cross-entropy only",
+        "| default †",
+    ]
+
+
+def test_seeds_of_one_earlier_teacher_show_their_spread(tmp_path):
+    write(tmp_path, "controls", default=0.5, seed_8=0.62, seed_9=0.44)
+    for path in (tmp_path / "reports/ablations").glob("*.json"):
+        path.write_text(path.read_text().replace("models/teacher", "another"))
+    assert "(default, seed 8, seed 9) moves accuracy between 44.0% and 62.0%" in ablation.controls(tmp_path)
+
+
+def test_sizes_from_another_student_are_marked(tmp_path):
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports/summary.json").write_text("{}")
+    write(tmp_path, "sizes", pruned_to_256=0.3)
+    path = tmp_path / "reports/ablations/pruned-to-256.json"
+    path.write_text(path.read_text().replace("models/student", "another"))
+    *_, row, _, said = ablation.sizes(tmp_path).splitlines()
+    assert row.startswith("| pruned to 256 † |") and said == ablation.FOOTNOTE
 
 
 def test_the_spread_is_told_once_all_its_seeds_were_run(tmp_path):
