@@ -29,6 +29,7 @@ SIZES = ("teacher", "student", "pruned")
 BASIC = ("cross-entropy only", "default")
 """Controls that the table of methods begins with."""
 
+TEACHER = "models/teacher"
 EARLIER = " †"
 """Behind the name of a result that started from another model than dvc.lock has now."""
 FOOTNOTE = "† started from an earlier run's model; `make ablations` does it again from the present one."
@@ -117,12 +118,16 @@ def result(experiment: Experiment, root: Path) -> dict[str, Any]:
     """What the model of this experiment knows, beside its teacher, and the hash of the model that it started from.
 
     Raises:
-        ValueError: it lacks a file, or its teacher solves nothing, so that there is nothing to retain.
+        ValueError: it lacks a file, its teacher is not the one that was evaluated, or solves nothing, so that there is
+            nothing to retain.
     """
     model = experiment.target.removeprefix("evaluate@")
     paths = {key: f"reports/metrics/{key}.json" for key in ("filter", f"evaluate_{model}", "evaluate_teacher")}
     texts = read_files(root, experiment.reference, paths | {LOCK: LOCK})
-    started = out_hashes(read_yaml(texts.pop(LOCK))["stages"])[experiment.model]
+    stages = read_yaml(texts.pop(LOCK))["stages"]
+    made, beside = out_hashes(stages), stages.get("evaluate@teacher", {}).get("deps", [])
+    if made.get(TEACHER) != {dep["path"]: dep["md5"] for dep in beside}.get(TEACHER):
+        raise ValueError(f"{TEACHER} changed after evaluate@teacher ran: run `dvc repro`, and then this again")
     files = {key: json.loads(text) for key, text in texts.items()}
     evaluated, teacher = files[f"evaluate_{model}"], files["evaluate_teacher"]
     if not teacher["accuracy"]:
@@ -130,7 +135,7 @@ def result(experiment: Experiment, root: Path) -> dict[str, Any]:
     return {
         "name": experiment.name,
         "changes": experiment.changes,
-        "started_from": started,
+        "started_from": made[experiment.model],
         "rows": files["filter"]["kept"],
         "retention": evaluated["accuracy"] / teacher["accuracy"],
         "families": {family: counts["correct"] / counts["total"] for family, counts in evaluated["families"].items()},

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def ablate(arguments: argparse.Namespace) -> None:
     from q2t import ablation
 
     ablation.run(arguments.name)
-    print(f"{ablation.controls()}\n\n{ablation.sizes()}")
+    print("\n\n".join([ablation.controls(), ablation.methods(), ablation.sizes()]))
 
 
 def ask(arguments: argparse.Namespace) -> None:
@@ -66,6 +67,7 @@ def ask(arguments: argparse.Namespace) -> None:
     from q2t.config import Compute
     from q2t.deployment.runtime import load
 
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # read when torch is imported, which int8 does without
     runtime = load(arguments.model, Compute(threads=arguments.threads, dtype="float32", device="cpu"))
     for piece in runtime.stream(arguments.question, max_new_tokens=ANSWER):
         print(piece, end="", flush=True)

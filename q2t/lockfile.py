@@ -72,7 +72,11 @@ def _commit(root: Path, rev: str) -> str | None:
     """The full hash of a revision; DVC keeps experiments where `git rev-parse` does not look."""
     found = _git(root, "rev-parse", "--verify", "--quiet", f"{rev}^{{commit}}")
     found = found or _git(root, "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{rev}")
-    return found.split()[0] if found else None
+    if found and len(found.split()) > 1:
+        raise ValueError(
+            f"{rev!r} is the name of {len(found.split())} experiments: give one's hash, as `dvc exp list -A` shows it"
+        )
+    return found.strip() if found else None
 
 
 def _known(root: Path, rev: str) -> str:
@@ -122,7 +126,7 @@ def _files(root: Path, params: Any, lock: dict[str, Entry], read: Reader) -> dic
             if _lookup(params, key) != value:
                 raise ValueError(f"{stage} ran with another {key} than {PARAMS} has: run `dvc repro` first")
         for dep in entry.get("deps", []):
-            if outs.get(dep["path"], dep.get("md5")) != dep.get("md5"):
+            if _made(dep, outs) != dep.get("md5"):
                 raise ValueError(f"{stage} ran before {dep['path']} changed: run `dvc repro` first")
     files = {}
     for path, md5 in outs.items():
@@ -134,6 +138,20 @@ def _files(root: Path, params: Any, lock: dict[str, Entry], read: Reader) -> dic
             elif not curve:
                 raise ValueError(f"{path} is not the file that {LOCK} names: run `dvc repro` first")
     return files
+
+
+def _made(dep: dict[str, Any], outs: dict[str, str]) -> str | None:
+    """The hash that a dependency has as what the stages put out; its own where no stage makes it.
+
+    A folder of several stages' files has the hash that DVC gives it from theirs, unless it holds other files too.
+    """
+    own: str | None = dep.get("md5")
+    inside = {path.removeprefix(f"{dep['path']}/"): md5 for path, md5 in outs.items()}
+    inside = {path: md5 for path, md5 in inside.items() if path not in outs}
+    if len(inside) == dep.get("nfiles") and not any(md5.endswith(".dir") for md5 in inside.values()):
+        listed = [{"md5": md5, "relpath": path} for path, md5 in sorted(inside.items())]
+        return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
+    return outs.get(dep["path"], own)
 
 
 def _reader(root: Path, commit: str | None) -> Reader:

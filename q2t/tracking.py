@@ -210,11 +210,10 @@ def _child(store: Store, parent: str, stage: str, entry: Entry, files: dict[str,
     """The run of this stage: found, adopted from a live run, or made from the files."""
     key = digest([stage, entry])
     if found := _find(store, "q2t.entry", key):
-        known = store.client.get_run(found).data.tags["mlflow.parentRunId"]
-        if store.client.get_run(known).info.lifecycle_stage == "deleted":
+        if _is_gone(store, store.client.get_run(found).data.tags["mlflow.parentRunId"]):
             store.client.set_tag(found, "mlflow.parentRunId", parent)
         return found
-    run_id = _live(store, inputs_key(stage, entry))
+    run_id = _live(store, inputs_key(stage, entry), _figures(entry, files))
     if run_id is None:
         run_id = store.create(stage, {"q2t.kind": "stage", "q2t.stage": stage, "q2t.entry": key})
         _log_entry(store, run_id, entry)
@@ -243,11 +242,37 @@ def _find(store: Store, tag: str, value: str) -> str | None:
     return None
 
 
-def _live(store: Store, inputs: str) -> str | None:
-    """The newest finished live run of these inputs that no result has adopted yet."""
+def _is_gone(store: Store, run_id: str) -> bool:
+    """Whether a run was deleted, or deleted for good by `mlflow gc`."""
+    from mlflow import MlflowException
+
+    try:
+        return bool(store.client.get_run(run_id).info.lifecycle_stage == "deleted")
+    except MlflowException:
+        return True
+
+
+def _live(store: Store, inputs: str, figures: dict[str, float]) -> str | None:
+    """The newest finished live run of these inputs that no result has adopted yet, and that logged no other figures:
+    on another processor, equal inputs come to something else."""
     query = f"tags.`q2t.inputs` = '{inputs}' AND attributes.status = 'FINISHED'"
-    runs = store.client.search_runs([store.experiment], query, order_by=["attributes.start_time DESC"])
-    return next((str(run.info.run_id) for run in runs if "q2t.entry" not in run.data.tags), None)
+    for run in store.client.search_runs([store.experiment], query, order_by=["attributes.start_time DESC"]):
+        logged = run.data.metrics
+        if "q2t.entry" not in run.data.tags and all(figures[name] == logged[name] for name in figures.keys() & logged):
+            return str(run.info.run_id)
+    return None
+
+
+def _figures(entry: Entry, files: dict[str, str]) -> dict[str, float]:
+    """What a live run of this entry has logged at its end: the metrics, and the last row of the curve."""
+    figures: dict[str, float] = {}
+    for path in (out["path"] for out in entry.get("outs", [])):
+        if path in files and path.endswith(".csv"):
+            *_, last = csv.DictReader(StringIO(files[path]))
+            figures |= {f"train/{_name(k)}": float(v) for k, v in last.items() if v and k != "step"}
+        elif path in files and path.endswith(".json") and path != SUMMARY:
+            figures |= flatten(json.loads(files[path]))
+    return figures
 
 
 def _title(key: str, summary: dict[str, Any]) -> str:

@@ -222,6 +222,30 @@ def test_one_that_fails_stops_no_other_and_nothing_stays_but_results(project):
     assert [path.name for path in (project / ".dvc/tmp/exps/standalone").iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("evaluated", ["one", "another"])
+def test_a_teacher_that_was_trained_again_and_not_evaluated_is_refused(evaluated, tmp_path):
+    """An experiment runs up to its target, and `evaluate@teacher` is not on the way there."""
+    stages = {
+        "specialize": {"outs": [{"path": "models/teacher", "md5": "one"}]},
+        "evaluate@teacher": {"deps": [{"path": "models/teacher", "md5": evaluated}]},
+    }
+    known = {"accuracy": 0.6, "interval": [0, 1], "parameters": 1, "bytes": 4, "families": {}}
+    (tmp_path / "reports/metrics").mkdir(parents=True)
+    for name, row in {"evaluate_student": known, "evaluate_teacher": {"accuracy": 0.8}, "filter": {"kept": 5}}.items():
+        (tmp_path / f"reports/metrics/{name}.json").write_text(json.dumps(row))
+    YAML().dump({"stages": stages}, tmp_path / "dvc.lock")
+    commit = ["git", "-c", "user.name=q2t", "-c", "user.email=q2t@example.org", "commit", "-qm", "ran"]
+    for command in (["git", "init", "-q"], ["git", "add", "-A"], commit, ["git", "branch", "ablation-hot"]):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    experiment = ablation.Experiment("hot", "evaluate@student", "models/teacher", {})
+    if evaluated == "one":
+        row = ablation.result(experiment, tmp_path)
+        assert (row["retention"], row["started_from"]) == (pytest.approx(0.75), "one")
+    else:
+        with pytest.raises(ValueError, match="models/teacher changed after evaluate@teacher ran: run `dvc repro`"):
+            ablation.result(experiment, tmp_path)
+
+
 def test_two_at_a_time_are_refused(project):
     (project / ".q2t").mkdir()
     with FileLock(project / ".q2t/ablate.lock"), pytest.raises(ValueError, match="another `q2t ablate` is running"):

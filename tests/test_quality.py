@@ -130,7 +130,6 @@ def test_good_rows_pass_without_a_warning(checked, rows, tmp_path):
         (check_problems, [*PROBLEMS, problem(1, "test")], "splits"),
         (check_problems, [*PROBLEMS, problem(6, solution=" ")], "unsolved_lesson"),
         (check_completions, [completion(1), completion(1)], "id"),
-        (check_completions, [completion(1, completion_tokens=0)], "completion_tokens"),
         (check_completions, [], "table"),
         (check_examples, EXAMPLES[:8], "target"),
         (check_examples, [*EXAMPLES[1:], example(0, weight=0.0)], "weight"),
@@ -166,6 +165,11 @@ def test_the_error_shows_the_rows_that_failed_and_the_report_is_written(tmp_path
             check_completions,
             [completion(1, finish_reason="length"), completion(2)],
             "truncated: .*observed 0.5",
+        ),
+        (
+            check_completions,
+            [completion(1, text="", completion_tokens=0), completion(2)],
+            "completion_tokens: .*1 of 2",
         ),
         (check_examples, [r.model_copy(update={"family": "led"}) for r in EXAMPLES], "family: .*'rc'"),
         (

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import os
@@ -40,7 +41,7 @@ stages:
     metrics: [{"reports/metrics/evaluate_${item.model}.json": {cache: false}}]
   report:
     cmd: python stages.py report
-    deps: [reports/metrics/evaluate_student.json]
+    deps: [reports/metrics]
     metrics: [reports/summary.json: {cache: false}]
 """
 # Only distill shows itself live: the other stages are put together from files.
@@ -195,6 +196,32 @@ def test_an_interrupted_run_is_made_again(runs, project):
     assert client.get_run(tags["q2t.stage.distill"]).data.tags["mlflow.parentRunId"] == again
 
 
+def test_a_pipeline_run_that_is_gone_for_good_is_made_again(runs, project):
+    """After `mlflow gc`, a stage's run names a parent that the store does not know."""
+    client, _, first, _, _ = runs
+    stage = client.get_run(first["HEAD"]).data.tags["q2t.stage.pose"]
+    client.set_tag(stage, "mlflow.parentRunId", "0" * 32)
+    client.delete_run(first["HEAD"])
+    again = tracking.track(project, "HEAD")
+    assert client.get_run(stage).data.tags["mlflow.parentRunId"] == again
+
+
+@pytest.mark.parametrize(("loss", "adopted"), [(0.25, False), (0.4, True)])
+def test_a_live_run_of_equal_inputs_that_came_to_something_else_is_not_adopted(loss, adopted, project, tmp_path):
+    """As another processor's may, where several people share a server."""
+    store = tracking.init_store(project)
+    inputs = {"q2t.inputs": "key", "q2t.kind": "stage", "q2t.stage": "distill"}
+    run_id = store.create("distill", inputs)
+    store.client.log_metric(run_id, "train/loss", loss, step=10)
+    store.client.log_metric(run_id, "seconds", 3.0)
+    store.client.set_terminated(run_id)
+    entry = {"outs": [{"path": "reports/curves/distill.csv"}]}
+    figures = tracking._figures(entry, {"reports/curves/distill.csv": "step,loss,kl\n0,1.0,\n10,0.4,\n"})
+    assert figures == {"train/loss": 0.4}
+    assert tracking._live(store, "key", figures) == (run_id if adopted else None)
+    store.client.delete_run(run_id)
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
@@ -229,6 +256,34 @@ def test_a_stage_that_ran_before_its_dependency_changed_is_refused(project):
             tracking.track(project)
     finally:
         (project / "dvc.lock").write_text(lock)
+
+
+def test_a_stage_that_ran_before_a_file_in_its_folder_changed_is_refused(project):
+    """`dvc repro evaluate@student` leaves report's dependency, the folder of all metrics, as it was."""
+    lock, path = (project / "dvc.lock").read_text(), project / "reports/metrics/evaluate_student.json"
+    before = path.read_text()
+    path.write_text('{"accuracy": 0.1}')
+    changed = (hashlib.md5(text.encode()).hexdigest() for text in (before, path.read_text()))
+    document = YAML(typ="safe").load(lock.replace(*changed))
+    YAML().dump(document, project / "dvc.lock")
+    try:
+        with pytest.raises(ValueError, match="report ran before reports/metrics changed: run `dvc repro` first"):
+            tracking.track(project)
+    finally:
+        (project / "dvc.lock").write_text(lock)
+        path.write_text(before)
+
+
+def test_a_name_of_two_experiments_is_refused(project):
+    head = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(head, cwd=project, capture_output=True, text=True, check=True).stdout.strip()
+    for baseline in ("one", "other"):
+        run("git", "update-ref", f"refs/exps/{baseline}/0/twice", commit, cwd=project)
+    with pytest.raises(ValueError, match="'twice' is the name of 2 experiments: give one's hash"):
+        tracking.track(project, "twice")
+    run("git", "update-ref", "-d", "refs/exps/other/0/twice", cwd=project)
+    assert tracking.track(project, "twice") == tracking.track(project, "HEAD")
+    run("git", "update-ref", "-d", "refs/exps/one/0/twice", cwd=project)
 
 
 def test_unknown_revision(project):

@@ -23,10 +23,10 @@ def profiles(tmp_path_factory):
     return quickstart, load(path)
 
 
-def test_it_poses_ten_times_the_questions_of_each_family(profiles):
+def test_it_poses_more_than_ten_times_the_questions_of_each_family(profiles):
     quickstart, full = profiles
     asked = full.capability
-    assert asked.questions == 10 * quickstart.capability.questions
+    assert asked.questions > 10 * quickstart.capability.questions
     families = make_families(asked.families, catalog.read(Path("data/catalog")))
     posed = pose(families, asked, full.seed)
     counts = {split: len(rows) // len(families) for split, rows in posed.items()}
