@@ -49,6 +49,10 @@ def changed(tmp_path, change):
             ),
             "phase 2 is on_policy and has an online teacher",
         ),
+        (
+            lambda p: p["distill"].update(online={"teacher": "models/teacher", "logits": True, "spans": "uld"}),
+            "spans is for a teacher of another tokenizer",
+        ),
         (lambda p: p["distill"].update(online={"teacher": "models/teacher"}), "nothing is learnt from this teacher"),
         (lambda p: p["distill"].update(adapter={"kind": "ia3", "rank": 4, "modules": ["q_proj"]}), "ia3 has no rank"),
     ],

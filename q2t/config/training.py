@@ -53,6 +53,9 @@ class Online(Section):
 
     teacher: str
     """A model folder."""
+    logits: bool = False
+    """Whether its whole distribution is learnt from in place of stored labels, with the same alpha, temperature and
+    divergence."""
     hidden: list[LayerPair] = []
     """Pairs of layers whose hidden states are compared; layer 0 is the embeddings."""
     distance: Literal["mse", "cosine"] = "cosine"
@@ -67,12 +70,14 @@ class Online(Section):
 
     @model_validator(mode="after")
     def _learns_something(self) -> "Online":
-        if not (self.hidden or self.attention or self.spans):
-            raise ValueError("nothing is learnt from this teacher: give hidden, attention or spans, or leave it out")
-        if self.spans and (self.hidden or self.attention):
+        if not (self.logits or self.hidden or self.attention or self.spans):
             raise ValueError(
-                "spans is for a teacher of another tokenizer, whose hidden states and attention maps belong to other "
-                "tokens: leave out spans, or hidden and attention"
+                "nothing is learnt from this teacher: give logits, hidden, attention or spans, or leave it out"
+            )
+        if self.spans and (self.logits or self.hidden or self.attention):
+            raise ValueError(
+                "spans is for a teacher of another tokenizer, whose logits, hidden states and attention maps belong to "
+                "other tokens: leave out spans, or these"
             )
         return self
 
@@ -165,10 +170,11 @@ class Distill(Optimizer):
                     f"phase {number} is on_policy and has an online teacher, which knows the rows' own answers only: "
                     "give it online: false"
                 )
-            if phase.online and (phase.reasoning != 1 or phase.curriculum):
+            beside = phase.online and (phase.online.hidden or phase.online.attention or phase.online.spans)
+            if beside and (phase.reasoning != 1 or phase.curriculum):
                 raise ValueError(
-                    f"phase {number} has an online teacher, whose terms reasoning and curriculum would not weight: "
-                    "leave these at 1.0 and 0.0 there"
+                    f"phase {number} has an online teacher, whose terms reasoning and curriculum would not weight, but "
+                    "for logits: leave these at 1.0 and 0.0 there"
                 )
         return self
 

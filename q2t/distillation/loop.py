@@ -23,7 +23,8 @@ from q2t.distillation.rows import Row
 
 CURVE = ("step", "loss", "cross_entropy", "kl", "learning_rate", "gradient_norm")
 MOVING = ("weighted_cross_entropy", "weighted_kl", "phase", "skipped")
-ONLINE = ("hidden", "attention", "spans", "numerals", "weighted_online")
+TERMS = ("hidden", "attention", "spans")
+ONLINE = (*TERMS, "numerals", *(f"weighted_{term}" for term in TERMS))
 SPARSE = ("sparsity",)
 """Columns of the curve: always CURVE, and the others where the run has what they show."""
 WINDOW = 50
@@ -131,8 +132,8 @@ def train(
             if planned.place == 0:  # moments of another loss would steer this phase's first steps
                 optimizer.state.clear()
             past = lines[step - min(planned.place, WINDOW) :]
-            scale = _balance(past) if planned.settings.balance else 1.0
-            losses = accumulate(objective, planned.micro_batches, planned.settings, accelerator, scale, step)
+            scales = _balance(past) if planned.settings.balance else weighting.EVEN
+            losses = accumulate(objective, planned.micro_batches, planned.settings, accelerator, scales, step)
             sparsity = planned.settings.sparsity
             penalty = adapters.shrink(model, sparsity) if sparsity else 0.0
             norm = float(sharding.whole(clip_grad_norm_(trained, 1.0)))
@@ -167,14 +168,14 @@ def accumulate(
     micro_batches: Sequence[Sequence[Row]],
     settings: Distill,
     accelerator: Any,
-    scale: float = 1.0,
+    scales: weighting.Scales = weighting.EVEN,
     step: int = 0,
 ) -> Losses:
     """Add a step's gradient, of all processes, to the parameters.
 
     Args:
         micro_batches: of the step; every process takes its share of them.
-        scale: factor on distillation, beside alpha.
+        scales: factors on the terms, beside their weights.
 
     Raises:
         ValueError: the loss of a micro-batch is not finite; names the step and the rows.
@@ -191,14 +192,14 @@ def accumulate(
     wrong: Sequence[Row] = ()
     for micro in own:
         with accelerator.autocast():
-            total, losses = objective(micro, settings, scale)
+            total, losses = objective(micro, settings, scales)
         if not all(map(math.isfinite, losses)):
             wrong = wrong or micro
         accelerator.backward(total / tokens)
         sums = [a + b for a, b in zip(sums, losses, strict=True)]
     if idle:
         with accelerator.autocast():
-            total, _ = objective(micro_batches[-1], settings, scale)
+            total, _ = objective(micro_batches[-1], settings, scales)
         accelerator.backward(total * 0.0)
     if accelerator.num_processes > 1:
         if not sharded:
@@ -258,8 +259,10 @@ def _reduced(sums: list[float], accelerator: Any) -> list[float]:
     return total.tolist()
 
 
-def _balance(past: Sequence[checkpoint.Line]) -> float:
-    return weighting.balance([float(line["cross_entropy"]) for line in past], [float(line["kl"]) for line in past])
+def _balance(past: Sequence[checkpoint.Line]) -> weighting.Scales:
+    terms = {name: [float(line[name]) for line in past] for name in ("cross_entropy", "kl", *TERMS)}
+    task = terms.pop("cross_entropy")
+    return weighting.Scales(*(weighting.balance(task, values) for values in terms.values()))
 
 
 def _line(
@@ -273,13 +276,8 @@ def _line(
         "gradient_norm": norm,
         "weighted_cross_entropy": losses.weighted_cross_entropy,
         "weighted_kl": losses.weighted_distillation,
-        "hidden": losses.hidden,
-        "attention": losses.attention,
-        "spans": losses.spans,
-        "numerals": losses.numerals,
-        "weighted_online": losses.weighted_online,
         "sparsity": penalty,
-    }
+    } | {name: getattr(losses, name) for name in ONLINE}
     counts = {"step": step, "phase": phase, "skipped": int(skipped)}
     return {key: f"{value:.9g}" for key, value in numbers.items()} | {key: str(n) for key, n in counts.items()}
 

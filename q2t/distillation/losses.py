@@ -7,6 +7,7 @@ gradient.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -131,10 +132,66 @@ def completion_loss(
         kind: see `divergence`.
         beta: of the Jensen-Shannon divergence, in (0, 1).
     """
-    labels = (top_ids, top_logprobs, tail_logprob)
-    weights = (task_weights, distillation_weights)
-    how = (temperature, kind, beta)
-    return Terms(*_CompletionLoss.apply(hidden, head_weight, targets, labels, weights, how, chunk))
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+
+    def to_gradient(
+        logits: Tensor, index: Tensor, labelled: bool, task: Tensor, distilled: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        k = top_ids.shape[1] if labelled else 0
+        buckets = _buckets(top_logprobs[index, :k], tail_logprob[index]).to(exact)
+        return _to_gradient(
+            logits, targets[index], top_ids[index, :k], buckets, task, distilled, temperature, kind, beta
+        )
+
+    pieces = _chunks((top_ids >= 0).any(1), chunk)
+    return Terms(*_CompletionLoss.apply(hidden, head_weight, (task_weights, distillation_weights), pieces, to_gradient))
+
+
+class Whole(NamedTuple):
+    """A teacher's whole distribution for each token of a batch, which its head makes when it is asked for."""
+
+    hidden: Tensor
+    """[tokens, teacher width], of the positions that predict the targets."""
+    head_weight: Tensor
+    """[student vocabulary, teacher width]: the teacher's rows for the student's tokens, in their order."""
+    absent: Tensor
+    """[student vocabulary], bool: an id that is no token, or none of the teacher's."""
+
+    def logits(self, index: Tensor) -> Tensor:
+        """[len(index), student vocabulary]."""
+        inputs = F.pad(self.hidden[index].to(self.head_weight.dtype), (0, 0, 0, -len(index) % 32))
+        return (inputs @ self.head_weight.T)[: len(index)].masked_fill(self.absent, FLOOR)
+
+
+def whole_completion_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    teacher: Whole,
+    task_weights: Tensor,
+    distillation_weights: Tensor,
+    temperature: float,
+    chunk: int,
+    kind: Divergence = "forward_kl",
+    beta: float = 0.5,
+) -> Terms[Tensor]:
+    """As `completion_loss`, with the teacher's whole distribution in place of its k best tokens and a tail.
+
+    Of what the teacher says in tokens that the student lacks nothing is left: its distribution is the one over the
+    student's tokens, renormalised. Both models' logits exist for `chunk` tokens at a time.
+    """
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+
+    def to_gradient(logits: Tensor, index: Tensor, _: bool, task: Tensor, distilled: Tensor) -> tuple[Tensor, Tensor]:
+        p = (teacher.logits(index).to(exact) / temperature).log_softmax(1)
+        student = logits.log_softmax(1)
+        r = (student / temperature).log_softmax(1)
+        logits.copy_(task[:, None] * student.exp() + distilled[:, None] * temperature * _slope(p, r, kind, beta))
+        logits.scatter_add_(1, targets[index, None], -task[:, None])
+        return -student.gather(1, targets[index, None]).squeeze(1), temperature**2 * divergence(p, r, kind, beta)
+
+    pieces = [(True, part) for part in torch.arange(len(hidden), device=hidden.device).split(chunk)]
+    return Terms(*_CompletionLoss.apply(hidden, head_weight, (task_weights, distillation_weights), pieces, to_gradient))
 
 
 class _CompletionLoss(torch.autograd.Function):
@@ -143,38 +200,27 @@ class _CompletionLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         head_weight: Tensor,
-        targets: Tensor,
-        labels: tuple[Tensor, Tensor, Tensor],
         weights: tuple[Tensor, Tensor],
-        how: tuple[float, Divergence, float],
-        chunk: int,
+        pieces: list[tuple[bool, Tensor]],
+        to_gradient: Callable[[Tensor, Tensor, bool, Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, ...]:
+        """`to_gradient` takes a piece's logits, its tokens, whether these have labels, and their weights; it overwrites
+        the logits by the weighted sum's gradient, and returns cross-entropy and divergence per token."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        top_ids, top_logprobs, tail_logprob = labels
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(head_weight) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(4, dtype=exact, device=hidden.device)
-        labelled = (top_ids >= 0).any(1)
         rows = max(1, LOGITS[device] // head_weight.shape[1])
         with torch.autocast(device, enabled=False):
             head = head_weight.to(dtype)
-            for has_labels, index in _chunks(labelled, chunk):
+            for labelled, index in pieces:
                 # oneDNN keeps a primitive and its memory per shape: padded, the last chunks have few.
                 inputs = F.pad(hidden[index].to(dtype), (0, 0, 0, -len(index) % 32))
                 logits = (inputs @ head.T).to(exact)
                 task_weight, distillation_weight = (weight[index].to(exact) for weight in weights)
-                k = top_ids.shape[1] if has_labels else 0
-                ce, kd = _to_gradient(
-                    logits[: len(index)],
-                    targets[index],
-                    top_ids[index, :k],
-                    _buckets(top_logprobs[index, :k], tail_logprob[index]).to(exact),
-                    task_weight,
-                    distillation_weight,
-                    *how,
-                )
+                ce, kd = to_gradient(logits[: len(index)], index, labelled, task_weight, distillation_weight)
                 logits[len(index) :] = 0
                 sums += torch.stack([ce.sum(), kd.sum(), ce @ task_weight, kd @ distillation_weight])
                 gradient = logits.to(dtype)
@@ -195,7 +241,7 @@ class _CompletionLoss(torch.autograd.Function):
         grad_hidden, grad_head = ctx.gradients
         ctx.gradients = None
         scale = grad_total.to(grad_hidden.dtype)
-        return grad_hidden.mul_(scale), None if grad_head is None else grad_head.mul_(scale), *[None] * 5
+        return grad_hidden.mul_(scale), None if grad_head is None else grad_head.mul_(scale), None, None, None
 
 
 def _to_gradient(

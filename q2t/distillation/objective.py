@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from q2t.config import Distill
 from q2t.distillation import batches, weighting
-from q2t.distillation.losses import chunk_size, completion_loss
+from q2t.distillation.losses import chunk_size, completion_loss, whole_completion_loss
 from q2t.distillation.online import OnlineTeacher
 from q2t.distillation.rows import Row
 
@@ -25,7 +25,9 @@ class Losses(NamedTuple):
     attention: float = 0.0
     spans: float = 0.0
     numerals: float = 0.0
-    weighted_online: float = 0.0
+    weighted_hidden: float = 0.0
+    weighted_attention: float = 0.0
+    weighted_spans: float = 0.0
 
 
 class Objective(nn.Module):
@@ -41,13 +43,13 @@ class Objective(nn.Module):
         self.projections = teacher.projections if teacher else None
         self.teacher = teacher
 
-    def forward(self, micro: Sequence[Row], settings: Distill, scale: float) -> tuple[Tensor, Losses]:
+    def forward(self, micro: Sequence[Row], settings: Distill, scales: weighting.Scales) -> tuple[Tensor, Losses]:
         """The sum of the weighted losses, with a gradient, and what it is made of.
 
         Args:
             micro: rows of a micro-batch.
             settings: of the phase; the teacher is asked if they have `online`.
-            scale: factor on distillation, beside alpha.
+            scales: factors on the terms, beside their weights.
         """
         head = self.student.get_output_embeddings().weight
         batch = batches.collate(micro).to(head.device)
@@ -58,28 +60,23 @@ class Objective(nn.Module):
         else:
             hidden = batches.predicting_states(self.student, batch)
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        weights = weighting.token_weights(batch, micro, settings, scale, exact)
+        weights = weighting.token_weights(batch, micro, settings, scales.distillation, exact)
         chunk = chunk_size(head)
         if settings.curriculum:
             factor = weighting.curriculum(hidden, head, batch.targets, micro, settings.curriculum, chunk)
             weights = (weights[0] * factor, weights[1] * factor)
-        terms = completion_loss(
-            hidden,
-            head,
-            batch.targets,
-            batch.top_ids,
-            batch.top_logprobs,
-            batch.tail_logprob,
-            *weights,
-            settings.temperature,
-            chunk,
-            settings.divergence,
-            settings.beta,
-        )
+        how = (*weights, settings.temperature, chunk, settings.divergence, settings.beta)
+        asked = teacher.ask(micro, head.device) if teacher else None
+        if teacher and asked and teacher.settings.logits:
+            terms = whole_completion_loss(hidden, head, batch.targets, teacher.whole(asked), *how)
+        else:
+            terms = completion_loss(
+                hidden, head, batch.targets, batch.top_ids, batch.top_logprobs, batch.tail_logprob, *how
+            )
         losses = Losses(*torch.stack([term.detach() for term in terms]).tolist())  # one wait for the device
-        if not teacher:
+        if not teacher or not asked:
             return terms.total, losses
-        beside = teacher.loss(self.student, states, micro, batch)
+        beside = teacher.loss(self.student, states, asked, micro, batch, scales)
         total = terms.total + beside.total
         of_teacher = {name: value.item() for name, value in beside._asdict().items() if name != "total"}
-        return total, losses._replace(total=total.item(), **of_teacher, weighted_online=beside.total.item())
+        return total, losses._replace(total=total.item(), **of_teacher)

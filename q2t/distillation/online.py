@@ -1,5 +1,5 @@
-"""A teacher that is run beside the student, for what stored labels can't hold: hidden states, attention maps, and
-what it says in tokens of its own."""
+"""A teacher that is run beside the student, for what stored labels can't hold: its whole distribution, hidden states,
+attention maps, and what it says in tokens of its own."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,21 +12,34 @@ from q2t.config import Compute, Online
 from q2t.distillation import features, span_losses
 from q2t.distillation.alignment import Vocabulary, align_rows, same_vocabulary
 from q2t.distillation.batches import Batch, collate
-from q2t.distillation.losses import chunk_size
+from q2t.distillation.losses import Whole, chunk_size
 from q2t.distillation.rows import NO_SYSTEMS, Row, encode
+from q2t.distillation.weighting import EVEN, Scales
 from q2t.records import Example
 from q2t.sources import load_model, load_tokenizer
 
 
 class OnlineTerms(NamedTuple):
-    """Sums over a batch's completion tokens, or over its spans. Only `total` has weights, and a gradient."""
+    """Sums over a batch's completion tokens, or over its spans. Only `total` has a gradient."""
 
     total: Tensor
+    """Of the weighted terms."""
     hidden: Tensor
     attention: Tensor
     spans: Tensor
     numerals: Tensor
     """What of `spans` comes from those with a numeral, where tokenizers differ most."""
+    weighted_hidden: Tensor
+    weighted_attention: Tensor
+    weighted_spans: Tensor
+
+
+class Asked(NamedTuple):
+    """What the teacher makes of a batch's rows."""
+
+    rows: list[Row]
+    batch: Batch
+    states: features.States
 
 
 class OnlineTeacher:
@@ -85,6 +98,8 @@ class OnlineTeacher:
             of_teacher = encode(theirs, examples, systems)
         else:
             of_teacher = features.in_teacher_ids(rows, tokenizer, theirs)
+        if settings.logits:
+            self.ids = _in_teacher_ids(student, tokenizer, theirs)
         self.rows = {row.id: row for row in of_teacher}
         if settings.spans:  # a text that can't be aligned is refused here, and not when its step comes
             align_rows(rows, [self.rows[row.id] for row in rows], *self.vocabularies)
@@ -93,29 +108,49 @@ class OnlineTeacher:
         """The student's states that the losses need, with a gradient."""
         return features.capture(student, batch, *self._layers(0))
 
-    def loss(self, student: Any, states: features.States, rows: Sequence[Row], batch: Batch) -> OnlineTerms:
+    def ask(self, rows: Sequence[Row], device: torch.device) -> Asked:
+        """The teacher's states for the rows of a batch, without a gradient."""
+        teacher_rows = [self.rows[row.id] for row in rows]
+        # The teacher's completions are the student's, so that targets and weights are those of the student's batch.
+        batch = collate(teacher_rows).to(device)
+        # Here, since a process of several knows its device once the loop has begun.
+        states = features.teacher_states(self.model.to(device), batch, *self._layers(1))
+        return Asked(teacher_rows, batch, states)
+
+    def whole(self, asked: Asked) -> Whole:
+        """Its distributions over the student's tokens, of `logits`."""
+        head = self.model.get_output_embeddings().weight
+        ids = self.ids.to(head.device)
+        return Whole(asked.states.last, head[ids.clamp(min=0)], ids < 0)
+
+    def loss(
+        self,
+        student: Any,
+        states: features.States,
+        asked: Asked,
+        rows: Sequence[Row],
+        batch: Batch,
+        scales: Scales = EVEN,
+    ) -> OnlineTerms:
         """The terms of a batch.
 
         Args:
-            states: what `states` gave for it.
+            states: what `states` gave for it, as `asked` what `ask` did.
             rows: those of the batch.
+            scales: factors on the terms, beside their weights.
         """
         settings = self.settings
-        teacher_rows = [self.rows[row.id] for row in rows]
-        # The teacher's completions are the student's, so that targets and weights are those of the batch.
-        device = batch.input_ids.device  # a process of several knows its own once the loop has begun
-        teacher_batch = collate(teacher_rows).to(device)
-        theirs = features.teacher_states(self.model.to(device), teacher_batch, *self._layers(1))
+        teacher_rows, teacher_batch, theirs = asked
         zero = torch.zeros((), dtype=torch.promote_types(states.last.dtype, torch.float32), device=states.last.device)
-        terms = OnlineTerms(zero, zero, zero, zero, zero)
+        terms = OnlineTerms(*[zero] * len(OnlineTerms._fields))
         if settings.hidden:
             values = features.hidden_loss(states.hidden, theirs.hidden, self.projections, settings.distance)
-            terms = _with(terms, "hidden", values, batch.weights, settings.hidden_weight)
+            terms = _with(terms, "hidden", values, batch.weights, settings.hidden_weight * scales.hidden)
         if settings.attention:
             values = features.attention_loss(states.attentions, theirs.attentions, self.groups)
-            terms = _with(terms, "attention", values, batch.weights, settings.attention_weight)
+            terms = _with(terms, "attention", values, batch.weights, settings.attention_weight * scales.attention)
         if settings.spans:
-            spans = align_rows(rows, teacher_rows, *self.vocabularies).to(device)
+            spans = align_rows(rows, teacher_rows, *self.vocabularies).to(batch.input_ids.device)
             heads = [model.get_output_embeddings().weight for model in (student, self.model)]
             ours = span_losses.Predictions(states.last, heads[0], batch.targets)
             teacher = span_losses.Predictions(theirs.last, heads[1], teacher_batch.targets)
@@ -125,7 +160,7 @@ class OnlineTeacher:
             else:
                 matched = span_losses.matched_loss(ours, teacher, spans, chunk)
                 values = matched.kl + matched.uld
-            terms = _with(terms, "spans", values, spans.weights, settings.spans_weight)
+            terms = _with(terms, "spans", values, spans.weights, settings.spans_weight * scales.spans)
             terms = terms._replace(numerals=values.detach()[spans.numeral].sum())
         return terms
 
@@ -136,6 +171,30 @@ class OnlineTeacher:
         return hidden, attention
 
 
+def _in_teacher_ids(student: Any, tokenizer: Any, theirs: Any) -> Tensor:
+    """[rows of the student's head]: the teacher's id of the same token, -1 where a row has no token.
+
+    Raises:
+        ValueError: the teacher lacks a token of the student's, or ends texts on another.
+    """
+    ids = torch.full((student.get_output_embeddings().weight.shape[0],), -1)
+    known = theirs.get_vocab()
+    for token, index in tokenizer.get_vocab().items():
+        if token not in known:
+            raise ValueError(
+                f"online.logits: the teacher lacks the student's token {token!r}: take a teacher whose vocabulary the "
+                "student's was cut from, or spans for one with another tokenizer"
+            )
+        ids[index] = known[token]
+    if tokenizer.eos_token != theirs.eos_token:
+        raise ValueError(
+            f"online.logits: the student's texts end on {tokenizer.eos_token!r} and the teacher's on "
+            f"{theirs.eos_token!r}: take a teacher whose vocabulary the student's was cut from"
+        )
+    return ids
+
+
 def _with(terms: OnlineTerms, name: str, values: Tensor, weights: Tensor, weight: float) -> OnlineTerms:
-    total = terms.total + weight * (values * weights.to(values.dtype)).sum()
-    return terms._replace(total=total, **{name: values.detach().sum()})
+    weighted = weight * (values * weights.to(values.dtype)).sum()
+    sums = {name: values.detach().sum(), f"weighted_{name}": weighted.detach()}
+    return terms._replace(total=terms.total + weighted, **sums)

@@ -44,7 +44,7 @@ def plan(rows: Sequence[Row], settings: Distill, *, seed: int, answers: Answers 
     in_phases = settings.in_phases()
     chosen = [[rows[i] for i in select(rows, phase, seed)] for phase in in_phases]
     for phase, of_phase in zip(in_phases, chosen, strict=True):
-        if not phase.on_policy:
+        if not phase.on_policy and not (phase.online and phase.online.logits):
             _check_labels(of_phase, phase.teacher_only)
     return _steps(list(zip(in_phases, chosen, strict=True)), seed, answers)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +17,32 @@ LIMIT = 100.0
 """Of `balance`, up and down: a divergence near 0 needs no weight without bounds."""
 
 
+class Scales(NamedTuple):
+    """Factors on the terms beside cross-entropy, over their own weights: what `balance` gives, or 1."""
+
+    distillation: float = 1.0
+    hidden: float = 1.0
+    attention: float = 1.0
+    spans: float = 1.0
+
+
+EVEN = Scales()
+
+
 def token_weights(
     batch: Batch, rows: Sequence[Row], settings: Distill, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Weights of cross-entropy and of distillation, [tokens] each.
 
     A token without labels has cross-entropy alone, in full weight; one of `settings.teacher_only`'s domains has
-    distillation alone, in full weight. `scale` is the factor on distillation that `balance` gives.
+    distillation alone, in full weight. A teacher's whole distribution (`online.logits`) is a label of every token.
+    `scale` is the factor on distillation that `balance` gives.
     """
     weights = batch.weights.to(dtype)
     weights = torch.where(batch.reasoning, settings.reasoning * weights, weights)
     labelled = (batch.top_ids >= 0).any(1)
+    if settings.online and settings.online.logits:
+        labelled = torch.ones_like(labelled)
     task = torch.where(labelled, (1 - settings.alpha) * weights, weights)
     distillation = settings.alpha * scale * weights
     if settings.teacher_only:
@@ -63,17 +79,17 @@ def curriculum(
     return _of_tokens(factors, rows, losses)
 
 
-def balance(cross_entropies: Sequence[float], distillations: Sequence[float]) -> float:
-    """Factor on distillation that gives it the scale of cross-entropy, from the terms of past steps before weighting.
+def balance(cross_entropies: Sequence[float], terms: Sequence[float]) -> float:
+    """Factor on a term that gives it the scale of cross-entropy, from both in past steps before weighting.
 
-    So alpha alone says what each counts, whatever temperature and divergence make of the scale (the balancer of
+    So alpha, or the term's own weight, alone says what it counts, whatever makes its scale (the balancer of
     NVIDIA's Model-Optimizer, from a running mean, so that single steps don't steer). Sum against sum: tokens without
     labels have their cross-entropy in it. 1 while there is no past.
     """
-    task, distillation = math.fsum(cross_entropies), math.fsum(distillations)
-    if not distillation > 0:
+    task, other = math.fsum(cross_entropies), math.fsum(terms)
+    if not other > 0:
         return 1.0
-    return min(max(task / distillation, 1 / LIMIT), LIMIT)
+    return min(max(task / other, 1 / LIMIT), LIMIT)
 
 
 def _of_tokens(values: Sequence[float], rows: Sequence[Row], like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Model output is untrusted text: the template escapes everything, and nothing is 
 
 import json
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -212,26 +213,28 @@ def rejections(reports: Path, rejected: Path) -> dict[str, Any]:
     return {"kept": counts["kept"], "judged": judged, "rows": rows, "families": families}
 
 
-def answers(reports: Path, models: list[str], most: int = EXAMPLES) -> dict[str, list[dict[str, Any]]]:
-    """Family to at most `most` problems, each with the answers of `models` side by side.
+def answers(reports: Path, models: list[str], count: int = EXAMPLES) -> dict[str, list[dict[str, Any]]]:
+    """Family to `count` problems, each with the answers of `models` side by side.
 
-    The first problem of every pattern of right and wrong is taken, so that losses show as well as gains.
+    The first problem of every pattern of right and wrong comes first, so that losses show as well as gains, and then
+    each pattern's second.
     """
     by_model = {
         name: {row["problem_id"]: row for row in read_rows(reports / "answers" / f"{name}.jsonl")} for name in models
     }
-    patterns: dict[str, dict[tuple[bool, ...], dict[str, Any]]] = {}
+    patterns: dict[str, dict[tuple[bool, ...], list[dict[str, Any]]]] = {}
     for problem in sorted(set.intersection(*(set(rows) for rows in by_model.values()))):
         rows = {name: by_model[name][problem] for name in models}
         first = rows[models[0]]
         pattern = tuple(bool(row["correct"]) for row in rows.values())
-        family = patterns.setdefault(first["family"], {})
         shown = {key: first[key] for key in ("question", "expected", "domain")} | {"unit": first.get("unit", "")}
-        family.setdefault(pattern, shown | {"rows": rows})
-    return {
-        family: [found[pattern] for pattern in sorted(found, key=lambda p: (-sum(p), p))][:most]
-        for family, found in sorted(patterns.items(), key=lambda item: (item[0] == "general", item[0]))
-    }
+        patterns.setdefault(first["family"], {}).setdefault(pattern, []).append(shown | {"rows": rows})
+    chosen = {}
+    for family, found in sorted(patterns.items(), key=lambda item: (item[0] == "general", item[0])):
+        ordered = [found[pattern] for pattern in sorted(found, key=lambda p: (-sum(p), p))]
+        turns = zip_longest(*ordered)
+        chosen[family] = [problem for turn in turns for problem in turn if problem][:count]
+    return chosen
 
 
 def quality(reports: Path, params: Mapping[str, Any]) -> list[dict[str, Any]]:

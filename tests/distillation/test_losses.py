@@ -10,7 +10,14 @@ from torch import Tensor
 
 from q2t.config import Divergence
 from q2t.distillation import losses
-from q2t.distillation.losses import completion_loss, cross_entropy, distillation, divergence
+from q2t.distillation.losses import (
+    Whole,
+    completion_loss,
+    cross_entropy,
+    distillation,
+    divergence,
+    whole_completion_loss,
+)
 
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
 every_kind = pytest.mark.parametrize(("kind", "beta"), KINDS)
@@ -251,3 +258,68 @@ def test_bfloat16_products_are_near(kind: Any, beta: float) -> None:
         rounded = completion_loss(*arguments).total
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs() / exact < 0.01
+
+
+def whole(p: dict[str, Any], absent: int = 0) -> Whole:
+    """A teacher of another width for the tokens of `problem`; of the vocabulary's last ids it knows none."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, vocabulary, dtype = len(p["targets"]), len(p["head"]), p["head"].dtype
+    hidden = torch.randn(tokens, 7, generator=generator, dtype=dtype)
+    head = torch.randn(vocabulary, 7, generator=generator, dtype=dtype)
+    return Whole(hidden, head, torch.arange(vocabulary) >= vocabulary - absent)
+
+
+@every_kind
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_a_whole_distribution_is_the_full_divergence(chunk: int, kind: Any, beta: float) -> None:
+    """In its values and its gradient, chunked and eager."""
+    p = problem(23, 50, 5, torch.float64)
+    teacher, (task, distilled) = whole(p), p["weights"]
+    found = []
+    for fused in (False, True):
+        hidden, head = (p[name].clone().requires_grad_() for name in ("hidden", "head"))
+        terms: tuple[Tensor, ...]
+        if fused:
+            terms = whole_completion_loss(hidden, head, p["targets"], teacher, task, distilled, 2.5, chunk, kind, beta)
+        else:
+            ce = cross_entropy(hidden @ head.T, p["targets"])
+            kd = full(teacher.hidden @ teacher.head_weight.T, hidden @ head.T, 2.5, kind, beta)
+            weighted = (task * ce).sum(), (distilled * kd).sum()
+            terms = (weighted[0] + weighted[1], ce.sum(), kd.sum(), *weighted)
+        terms[0].backward()
+        found.append([*(term.detach() for term in terms), hidden.grad, head.grad])
+    torch.testing.assert_close(found[0], found[1])
+
+
+@every_kind
+def test_stored_labels_of_the_whole_vocabulary_are_the_whole_distribution(kind: Any, beta: float) -> None:
+    p = problem(24, 50, 5, torch.float64)
+    teacher = whole(p)
+    labels = top_and_tail(teacher.hidden @ teacher.head_weight.T, 50)
+    given, how = (p["hidden"], p["head"], p["targets"]), (*p["weights"], 2.0, 8, kind, beta)
+    torch.testing.assert_close(whole_completion_loss(*given, teacher, *how), completion_loss(*given, *labels, *how))
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing_and_shifted_by_one_it_does() -> None:
+    p = problem(24, 50, 0, torch.float64)
+    hidden, nothing = p["hidden"].clone().requires_grad_(), torch.zeros(50, dtype=torch.bool)
+    how = (torch.zeros(24), torch.ones(24), 2.0, 8)
+    terms = whole_completion_loss(hidden, p["head"], p["targets"], Whole(p["hidden"], p["head"], nothing), *how)
+    terms.total.backward()
+    assert terms.distillation.abs() < 1e-9 and hidden.grad is not None and hidden.grad.abs().max() < 1e-9
+    shifted = Whole(p["hidden"].roll(1, 0), p["head"], nothing)
+    assert whole_completion_loss(p["hidden"], p["head"], p["targets"], shifted, *how).distillation > 1.0
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("forward_kl", 0.5), ("jsd", 0.5)])
+def test_of_tokens_that_the_teacher_lacks_it_says_nothing(kind: Any, beta: float) -> None:
+    p = problem(24, 50, 0, torch.float64)
+    teacher = whole(p, absent=10)
+    logits = teacher.hidden @ teacher.head_weight.T
+    logits[:, 40:] = -1e4
+    expected = divergence((logits / 2.0).log_softmax(1), (p["hidden"] @ p["head"].T / 2.0).log_softmax(1), kind, beta)
+    terms = whole_completion_loss(
+        p["hidden"], p["head"], p["targets"], teacher, torch.zeros(24), torch.ones(24), 2.0, 8, kind, beta
+    )
+    torch.testing.assert_close(terms.distillation, 4.0 * expected.sum())
+    assert (logits.softmax(1)[:, 40:] == 0).all()

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from q2t.config import Online
-from q2t.distillation import loop, online
+from q2t.distillation import loop, objective, online
 from q2t.distillation.batches import Batch, collate
 from q2t.distillation.objective import Objective
 from q2t.distillation.online import OnlineTeacher
 from q2t.distillation.rows import encode
+from q2t.distillation.weighting import EVEN, Scales
 from q2t.records import Example
 from q2t.sources import save_model
 
@@ -104,7 +105,7 @@ def test_each_layer_learns_from_its_own_of_the_teacher(beside: Any, settings: An
     assert (losses.hidden, losses.attention) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
 
 
-@KINDS
+@pytest.mark.parametrize("given", [FEATURES, {"spans": "matched"}, {"spans": "uld"}, {"logits": True} | FEATURES])
 def test_the_split_into_micro_batches_changes_nothing(
     beside: Any, given: Any, tokenizer: Any, settings: Any, accelerator: Any
 ) -> None:
@@ -141,7 +142,7 @@ def test_prompts_and_padding_teach_nothing(
         batch = padded(rows)
         with student.base_model.register_forward_hook(keep):
             states = teacher.states(student, batch)
-        teacher.loss(student, states, rows, batch).total.backward()
+        teacher.loss(student, states, teacher.ask(rows, batch.input_ids.device), rows, batch).total.backward()
         reached = outputs[-1].grad.abs().sum(2) > 0
         assert torch.equal(reached, batch.predicts)
         return [parameter.grad.clone() for parameter in student.parameters()]
@@ -163,9 +164,34 @@ def test_each_term_counts_by_its_weight_and_the_rows(
         n * row.weight * (0.25 * terms.hidden + 3.0 * terms.attention + 0.5 * terms.spans)
         for n, row, terms in zip(tokens, rows, alone, strict=True)
     )
-    assert together.weighted_online == pytest.approx(expected / sum(tokens))
+    weighted = together.weighted_hidden + together.weighted_attention + together.weighted_spans
+    assert weighted == pytest.approx(expected / sum(tokens))
     plain = together.weighted_cross_entropy + together.weighted_distillation
-    assert together.total == pytest.approx(plain + together.weighted_online)
+    assert together.total == pytest.approx(plain + weighted)
+
+
+@KINDS
+def test_balance_scales_each_term_by_its_own_factor(
+    beside: Any, given: Any, tokenizer: Any, settings: Any, accelerator: Any
+) -> None:
+    student = network(0)
+    teacher, rows = beside(network(1), student, tokenizer(ORDER) if "spans" in given else None, **given)
+    plain, _ = gradients(student, teacher, [rows], settings, accelerator)
+    settings = settings.model_copy(update={"online": teacher.settings})
+    scales = Scales(hidden=3.0, attention=0.25, spans=7.0)
+    scaled = loop.accumulate(Objective(student, teacher), [rows], settings, accelerator, scales)
+    added = 0.0
+    for term, factor in (("hidden", 3.0), ("attention", 0.25), ("spans", 7.0)):
+        before, after = (getattr(losses, f"weighted_{term}") for losses in (plain, scaled))
+        assert after == pytest.approx(factor * before) and getattr(scaled, term) == getattr(plain, term)
+        added += after - before
+    assert scaled.total - plain.total == pytest.approx(added) and added
+
+
+def test_factors_follow_from_the_steps_before() -> None:
+    assert loop._balance([]) == EVEN
+    lines = [{"cross_entropy": "2", "kl": "4", "hidden": "0.5", "attention": "0", "spans": f"{n}e-9"} for n in (1, 2)]
+    assert loop._balance(lines) == Scales(0.5, 4.0, 1.0, 100.0)
 
 
 def test_spans_of_the_same_bytes_compare_what_is_said(
@@ -184,6 +210,74 @@ def test_spans_of_the_same_bytes_compare_what_is_said(
     assert losses.spans == pytest.approx(0, abs=1e-9)
     losses, _ = gradients(network(2), teacher, [rows], settings, accelerator)
     assert losses.spans > 0.1
+
+
+def test_its_whole_distribution_takes_the_place_of_stored_labels(
+    beside: Any, tokenizer: Any, settings: Any, accelerator: Any
+) -> None:
+    """These rows have no labels, so that without `logits` all weight is on cross-entropy."""
+
+    def network_of_tokens(seed: int) -> Any:
+        made = network(seed)
+        made.resize_token_embeddings(len(tokenizer()))
+        return made
+
+    settings = settings.model_copy(update={"temperature": 2.0, "alpha": 0.7})
+    teacher, rows = beside(network_of_tokens(1), network_of_tokens(0), logits=True)
+    same, _ = gradients(network_of_tokens(1), teacher, [rows], settings, accelerator)
+    assert same.distillation == pytest.approx(0, abs=1e-9) and same.cross_entropy > 1
+    other, student = network_of_tokens(0), network_of_tokens(0)
+    losses, _ = gradients(student, teacher, [rows], settings, accelerator)
+    task = distilled = tokens = 0.0
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor(row.input_ids[None]).long()
+            q, p = (
+                (model(ids).logits[0, row.prompt_length - 1 : -1] / 2.0).log_softmax(1)
+                for model in (other, network_of_tokens(1))
+            )
+            kl = 4.0 * float((p.exp() * (p - q)).sum())
+            distilled, task = (
+                distilled + 0.7 * row.weight * kl,
+                task
+                + 0.3
+                * row.weight
+                * float(torch.nn.functional.cross_entropy(2.0 * q, ids[0, row.prompt_length :], reduction="sum")),
+            )
+            tokens += row.completion_tokens
+    assert losses.weighted_distillation == pytest.approx(distilled / tokens)
+    assert losses.weighted_cross_entropy == pytest.approx(task / tokens)
+    assert losses.total == pytest.approx((distilled + task) / tokens)
+
+
+def test_its_distribution_teaches_no_prompt_and_no_padding(
+    beside: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = network(0)
+    teacher, rows = beside(network(1), student, logits=True)
+    settings = settings.model_copy(update={"online": teacher.settings})
+    outputs: list[torch.Tensor] = []
+
+    def learn(padding: int) -> Any:
+        def padded(some: list[Any]) -> Batch:
+            batch = collate(some)
+            for ids, row in zip(batch.input_ids, some, strict=True):
+                ids[len(row.input_ids) :] = padding
+            return batch
+
+        def keep(_: Any, __: Any, output: Any) -> None:
+            output.last_hidden_state.retain_grad()
+            outputs.append(output.last_hidden_state)
+
+        for module in (online, objective.batches):
+            monkeypatch.setattr(module, "collate", padded)
+        student.zero_grad()
+        with student.base_model.register_forward_hook(keep):
+            Objective(student, teacher)(rows, settings, Scales())[0].backward()
+        assert torch.equal(outputs[-1].grad.abs().sum(2) > 0, collate(rows).predicts)
+        return [parameter.grad.clone() for parameter in student.parameters()]
+
+    torch.testing.assert_close(learn(padding=1), learn(padding=77))
 
 
 def test_a_trimmed_student_is_compared_at_the_tokens_of_its_teacher(
@@ -206,6 +300,21 @@ def test_a_trimmed_student_is_compared_at_the_tokens_of_its_teacher(
     made.model.double()
     losses, _ = gradients(student, made, [rows], settings, accelerator)
     assert (losses.hidden, losses.attention) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+
+    # Its whole distribution is the one over the student's tokens: what the teacher says in others is left out.
+    asked = Online(teacher=str(tmp_path / "teacher"), logits=True)
+    padded = OnlineTeacher(asked, student, trimmed.tokenizer, rows, given, seed=0, compute=compute)
+    assert (padded.ids[: len(trimmed.kept)].tolist(), set(padded.ids[len(trimmed.kept) :].tolist())) == (
+        trimmed.kept,
+        {-1},
+    )
+    student.resize_token_embeddings(len(trimmed.kept))
+    made = OnlineTeacher(asked, student, trimmed.tokenizer, rows, given, seed=0, compute=compute)
+    made.model.double()
+    losses, _ = gradients(student, made, [rows], settings, accelerator)
+    assert losses.distillation == pytest.approx(0, abs=1e-9) and losses.cross_entropy > 1
+    with pytest.raises(ValueError, match="online.logits: the teacher lacks the student's token"):
+        online._in_teacher_ids(network(0), theirs, trimmed.tokenizer)
 
 
 def bpe(size: int, digits: bool, end: str, user: str) -> Any:
@@ -253,7 +362,8 @@ def test_qwen3_teaches_gemma3_in_tokens_of_its_own(spans: str, dtype: str, compu
     def loss(some: list[Any]) -> Any:
         batch = collate(some)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            return beside.loss(student, beside.states(student, batch), some, batch)
+            asked = beside.ask(some, batch.input_ids.device)
+            return beside.loss(student, beside.states(student, batch), asked, some, batch)
 
     # Either side has spans of several tokens, and a row has other numbers of tokens on the two.
     alone = sum(loss([row]).spans for row in rows)
@@ -268,12 +378,20 @@ def test_qwen3_teaches_gemma3_in_tokens_of_its_own(spans: str, dtype: str, compu
     assert 0 < values[-1] < 0.9 * values[0]
 
 
+@pytest.mark.parametrize("logits", [False, True])
 def test_a_run_with_projections_resumes_to_the_same_bytes_and_learns(
-    beside: Any, run: Any, settings: Any, compute: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: Any
+    logits: bool,
+    beside: Any,
+    run: Any,
+    settings: Any,
+    compute: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kill_at: Any,
 ) -> None:
     def train(folder: str, save_every: int = 2) -> Any:
         student = network(0, torch.float32, hidden_size=16)
-        teacher, rows = beside(network(1, torch.float32), student, **FEATURES)
+        teacher, rows = beside(network(1, torch.float32), student, logits=logits, **FEATURES)
         given = settings.model_copy(update={"online": teacher.settings, "epochs": 12, "schedule": "constant"})
         more = {"teacher": teacher, "save_every": save_every}
         return run(lambda: student, lambda *_, **__: rows, given, compute, tmp_path / folder, **more)
@@ -287,7 +405,7 @@ def test_a_run_with_projections_resumes_to_the_same_bytes_and_learns(
     assert train("killed") == whole
     lines = [line.split(",") for line in whole[1].decode().splitlines()]
     assert lines[0] == [*loop.CURVE, *loop.ONLINE]
-    for column in ("hidden", "attention"):
+    for column in ("hidden", "attention", *["kl"] * logits):
         values = [float(line[lines[0].index(column)]) for line in lines[1:]]
         assert sum(values[-4:]) < 0.8 * sum(values[:4])
 

@@ -109,6 +109,17 @@ def test_answers_show_every_pattern_of_right_and_wrong(results: Results) -> None
     assert list(shown)[-1] == "general"
 
 
+def test_a_family_of_one_pattern_shows_as_many_problems_as_others(results: Results) -> None:
+    for model in ("base", "teacher", "int8"):
+        path = results.reports / f"answers/{model}.jsonl"
+        (first, *_) = rows = summary.read_rows(path)
+        more = [first | {"problem_id": f"p{n}", "family": "sure", "correct": model != "base"} for n in range(5)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+    shown = page.answers(results.reports, ["base", "teacher", "int8"])["sure"]
+    assert [tuple(row["correct"] for row in problem["rows"].values()) for problem in shown] == [(False, True, True)] * 3
+    assert len({problem["rows"]["base"]["problem_id"] for problem in shown}) == 3
+
+
 def test_rejections_are_ordered_and_shared(results: Results) -> None:
     rows = page.rejections(results.reports, results.rejected)["rows"]
     assert [row["reason"] for row in rows] == ["wrong", "duplicate", "malformed"]
