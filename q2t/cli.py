@@ -34,6 +34,7 @@ def track(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
+    from q2t.config import load
     from q2t.evaluation import cost
     from q2t.records import write_json
     from q2t.tracking import log_timings
@@ -43,7 +44,7 @@ def measure(arguments: argparse.Namespace) -> None:
     stages = log_timings(models)
     if stages:
         print(f"\n{table(stages)}")
-    write_json(cost.TIMINGS, {"models": models, "stages": stages})
+    write_json(cost.TIMINGS, {"machine": cost.machine(load().compute), "models": models, "stages": stages})
 
 
 def knowledge(model: str, summary: Path = Path("reports/summary.json")) -> dict[str, Any]:

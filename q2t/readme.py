@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 
 from q2t import ablation
@@ -13,6 +14,8 @@ README = Path("README.md")
 METHODS = Path("docs/distillation.md")
 FULL = "reports/profiles/full.json"
 """The summary that a run of profile `full` left."""
+TIMES = "reports/profiles/quickstart.times.json"
+"""What `q2t measure` found after the committed run, with the `commit` that it ran."""
 
 
 def fill(readme: Path, name: str, text: str) -> None:
@@ -38,8 +41,29 @@ def results(root: Path, path: str) -> str:
     return f"{markdown_table(summary)}\n\nMeasured at commit `{commit}`."
 
 
+def times(root: Path) -> str:
+    """What the stages of the committed run took, those of one name together, and what its models cost."""
+    measured = json.loads((root / TIMES).read_text(encoding="utf-8"))
+    minutes: dict[str, float] = defaultdict(float)
+    memory: dict[str, float] = defaultdict(float)
+    for row in measured["stages"]:
+        stage = row["stage"].partition("@")[0]
+        minutes[stage] += row["minutes"]
+        memory[stage] = max(memory[stage], row["peak_memory_mb"])
+    lines = [f"On {measured['machine']}, at commit `{measured['commit']}`:", ""]
+    lines += ["| Stage | Minutes | Peak memory |", "|:--|--:|--:|"]
+    lines += [f"| {stage} | {minutes[stage]:.1f} | {memory[stage] / 1000:.1f} GB |" for stage in minutes]
+    lines += [f"| together | {sum(minutes.values()):.0f} | {max(memory.values()) / 1000:.1f} GB |", ""]
+    lines += ["| Model | Tokens a second | First token | Peak memory |", "|:--|--:|--:|--:|"]
+    for row in measured["models"]:
+        speed = f"{row['tokens_per_second']:.0f} | {row['first_token_ms']:.0f} ms"
+        lines.append(f"| {row['model']} | {speed} | {row['peak_memory_mb']:.0f} MB |")
+    return "\n".join(lines)
+
+
 def main(root: Path = Path(".")) -> None:
     fill(root / README, "results", results(root, SUMMARY))
+    fill(root / README, "times", times(root))
     fill(root / README, "full", results(root, FULL))
     fill(root / README, "ablations", ablation.controls(root))
     fill(root / README, "sizes", ablation.sizes(root))

@@ -7,7 +7,7 @@ import pytest
 
 from q2t import ablation
 from q2t.lockfile import SUMMARY
-from q2t.readme import FULL, fill
+from q2t.readme import FULL, fill, times
 from q2t.report.summary import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,13 @@ def test_a_readme_without_markers_is_left_alone(text, tmp_path):
 def test_the_readme_shows_the_committed_results():
     summary, full = (json.loads((ROOT / path).read_text(encoding="utf-8")) for path in (SUMMARY, FULL))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for table in (markdown_table(summary), markdown_table(full), ablation.controls(ROOT), ablation.sizes(ROOT)):
+    for table in (
+        markdown_table(summary),
+        markdown_table(full),
+        times(ROOT),
+        ablation.controls(ROOT),
+        ablation.sizes(ROOT),
+    ):
         assert table.strip() in readme, "run `make readme`"
     methods = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
     assert ablation.methods(ROOT).strip() in methods, "run `make readme`"

@@ -5,6 +5,7 @@ Each model is measured in a process of its own, so that none finds memory or thr
 
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -112,6 +113,19 @@ def _ask(runtime: "Runtime", question: str) -> tuple[float, float]:
             logits, past = runtime.engine(ids, mask, positions, past)
             ids = logits.argmax(-1)[:, None].cpu()
         return first - start, time.perf_counter() - first
+
+
+def machine(compute: Compute) -> str:
+    """The processor and what ran on it: that timings differ elsewhere is no surprise then."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor()
+    level = torch.backends.cpu.get_cpu_capability()
+    card = f", {torch.cuda.get_device_name()}" if compute.device != "cpu" else ""
+    return f"{os.cpu_count()} cores of {processor} ({level}){card}, {compute.dtype}, torch {torch.__version__}"
 
 
 def peak_memory_mb() -> float:

@@ -74,7 +74,8 @@ def make_examples(count: int) -> list[Example]:
 
 
 def make_rows(count: int, k: int = 4, seed: int = 0, unlabelled_every: int = 0) -> list[Row]:
-    """Random rows of unequal lengths, eos (1) inside and at the end, with random but valid labels."""
+    """Random rows of unequal lengths, eos (1) inside and at the end, with random but valid labels. The first quarter or
+    half of most completions is reasoning."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(count):
@@ -90,7 +91,8 @@ def make_rows(count: int, k: int = 4, seed: int = 0, unlabelled_every: int = 0) 
                 "top_logprobs": np.log(probabilities[:, :k]).astype(np.float16),
                 "tail_logprob": np.log(probabilities[:, k]).astype(np.float32),
             }
-        rows.append(Row(f"r{i}", "target", "divider", 0.5 + i % 2, ids, prompt, **labels))
+        reasoning = i % 3 * completion // 4
+        rows.append(Row(f"r{i}", "target", "divider", 0.5 + i % 2, ids, prompt, answer_start=reasoning, **labels))
     return rows
 
 

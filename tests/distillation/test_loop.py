@@ -24,6 +24,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "hard rows": {"curriculum": 1.0},
     "easy rows": {"curriculum": -0.5},
     "teacher only": {"teacher_only": ["target"]},
+    "reasoning": {"reasoning": 0.1},
+    "all of them": {
+        "reasoning": 0.3,
+        "curriculum": 1.0,
+        "balance": True,
+        "divergence": "jsd",
+        "teacher_only": ["target"],
+    },
     "cosine": {"schedule": "cosine", "spike_factor": 20.0},
 }
 every_method = pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
@@ -219,6 +227,31 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
             curve=tmp_path / "curve.csv",
         )
     assert all(map(torch.equal, network.parameters(), before))
+    assert not (tmp_path / "curve.csv").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+) -> None:
+    """As where a backward pass overflows behind a finite loss: in the third step, here."""
+    network, steps = model(), []
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        steps.append(network.lm_head.weight.detach().clone())
+        return gradient * (torch.inf if len(steps) == 3 else 1)
+
+    network.model.norm.weight.register_hook(overflow)  # called once a step: four rows are one micro-batch
+    with pytest.raises(ValueError, match=r"gradient is (inf|nan) at step 3, rows r\d"):
+        loop.train(
+            network,
+            rows(12),
+            settings,
+            seed=0,
+            compute=compute,
+            checkpoints=tmp_path / "checkpoints",
+            curve=tmp_path / "curve.csv",
+        )
+    assert torch.equal(network.lm_head.weight, steps[2]) and not torch.equal(steps[1], steps[2])
     assert not (tmp_path / "curve.csv").exists()
 
 

@@ -1,0 +1,91 @@
+"""Experiments as people run them: queued, compared, launched as two processes. Minutes each: `pytest -m slow`."""
+
+import csv
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from smoke import copy, run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke profile, run and committed."""
+    folder = copy(tmp_path_factory.mktemp("first"))
+    run(folder, "dvc", "repro")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "run")
+    return folder
+
+
+def shown(folder: Path) -> dict[str, dict[str, str]]:
+    """Rows of `dvc exp show`, by name."""
+    rows = csv.DictReader(StringIO(run(folder, "dvc", "exp", "show", "--csv")))
+    return {row["Experiment"] or row["rev"]: row for row in rows}
+
+
+def test_queued_experiments_are_compared_and_keep_their_rows(first: Path) -> None:
+    from mlflow import MlflowClient
+
+    run(first, "dvc", "exp", "run", "--queue", "-n", "hot", "-S", "distill.temperature=4")
+    run(first, "dvc", "exp", "run", "--queue", "-n", "labels", "-S", "distill.alpha=1.0")
+    run(first, "dvc", "queue", "start", "-j", "1")
+    deadline = time.monotonic() + 900
+    while (status := run(first, "dvc", "queue", "status")).count("Success") < 2:
+        assert "Failed" not in status and time.monotonic() < deadline, status
+        time.sleep(5)
+
+    rows = shown(first)
+    assert (rows["hot"]["distill.temperature"], rows["labels"]["distill.temperature"]) == ("4", "2.0")
+    assert rows["labels"]["distill.alpha"] == "1.0"
+    figure = "reports/summary.json:student.forgetting.bits_per_byte"
+    assert len({rows[name][figure] for name in ("hot", "labels", "master")}) == 3
+    assert run(first, "git", "status", "--porcelain") == ""  # and the workspace is as it was
+
+    client = MlflowClient(f"sqlite:///{first}/.q2t/mlflow.db")
+    (experiment,) = [each for each in client.search_experiments() if each.name == "q2t"]
+
+    def stages(temperature: str) -> list[str]:
+        query = f"params.`distill.temperature` = '{temperature}' AND tags.`q2t.stage` = 'distill'"
+        return [each.info.status for each in client.search_runs([experiment.experiment_id], query)]
+
+    assert stages("4") == ["FINISHED"]  # it showed itself while it ran, in a folder that is gone
+    for name in ("hot", "labels"):
+        run(first, "q2t", "track", "--rev", name)
+    pipelines = client.search_runs([experiment.experiment_id], "tags.`q2t.kind` = 'pipeline'")
+    assert {each.data.params["distill.alpha"] for each in pipelines} == {"0.7", "1.0"}
+    assert stages("4") == ["FINISHED"]  # adopted, and not made again
+
+    run(first, "dvc", "exp", "apply", "hot")
+    assert "distill.temperature" in run(first, "dvc", "params", "diff")
+    assert "student.accuracy" in run(first, "dvc", "metrics", "diff", "--all", "--targets", "reports/summary.json")
+    run(first, "dvc", "plots", "diff", "-o", ".q2t/plots")
+    assert "reports/curves/distill.csv" in (first / ".q2t/plots/index.html").read_text()
+    run(first, "git", "checkout", "-q", ".")
+    run(first, "dvc", "checkout")
+
+
+@pytest.mark.parametrize("configuration", ["ddp", "fsdp2"])
+def test_two_processes_run_the_stages_as_one_does(first: Path, configuration: str) -> None:
+    """The launcher that the README names, under DVC: both processes reach the end, and one of them publishes."""
+    alone = {name: list(csv.reader((first / f"reports/curves/{name}.csv").open())) for name in ("distill", "prune")}
+    launch = (
+        f"accelerate launch --config_file q2t/launch/{configuration}.yaml --num_processes 2 --main_process_port 0 -m"
+    )
+    run(first, "dvc", "exp", "run", "-n", configuration, "-S", f"launch={launch}", "prune")
+    stages = YAML(typ="safe").load(first / "dvc.lock")["stages"]
+    assert stages["prune"]["cmd"] == f"{launch} stages.prune"
+    for name, (header, *lines) in alone.items():
+        with (first / f"reports/curves/{name}.csv").open() as file:
+            found, *together = csv.reader(file)
+        assert found == header and len(together) == len(lines)
+        for ours, theirs in zip(together, lines, strict=True):
+            # AdamW divides by the gradient's own size, so that rounding grows: the first steps are the closest.
+            assert list(map(float, ours)) == pytest.approx(list(map(float, theirs)), rel=2e-2, abs=1e-4)
+    assert (first / "models/pruned/model.safetensors").is_file()
+    run(first, "git", "checkout", "-q", ".")
+    run(first, "dvc", "checkout")
