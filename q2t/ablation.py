@@ -118,16 +118,17 @@ def result(experiment: Experiment, root: Path) -> dict[str, Any]:
     """What the model of this experiment knows, beside its teacher, and the hash of the model that it started from.
 
     Raises:
-        ValueError: it lacks a file, its teacher is not the one that was evaluated, or solves nothing, so that there is
+        ValueError: it lacks a file, its teacher was not evaluated as it was itself, or solves nothing, so that there is
             nothing to retain.
     """
     model = experiment.target.removeprefix("evaluate@")
     paths = {key: f"reports/metrics/{key}.json" for key in ("filter", f"evaluate_{model}", "evaluate_teacher")}
     texts = read_files(root, experiment.reference, paths | {LOCK: LOCK})
     stages = read_yaml(texts.pop(LOCK))["stages"]
-    made, beside = out_hashes(stages), stages.get("evaluate@teacher", {}).get("deps", [])
-    if made.get(TEACHER) != {dep["path"]: dep["md5"] for dep in beside}.get(TEACHER):
-        raise ValueError(f"{TEACHER} changed after evaluate@teacher ran: run `dvc repro`, and then this again")
+    own = {key.removeprefix("+").partition(".")[0] for key in experiment.changes}
+    beside = "evaluate@teacher"
+    if beside in stages and _asked(stages, beside, own) != _asked(stages, experiment.target, own):
+        raise ValueError(f"{beside} was asked otherwise, or of another teacher: run `dvc repro`, and this again")
     files = {key: json.loads(text) for key, text in texts.items()}
     evaluated, teacher = files[f"evaluate_{model}"], files["evaluate_teacher"]
     if not teacher["accuracy"]:
@@ -135,30 +136,45 @@ def result(experiment: Experiment, root: Path) -> dict[str, Any]:
     return {
         "name": experiment.name,
         "changes": experiment.changes,
-        "started_from": made[experiment.model],
+        "started_from": out_hashes(stages)[experiment.model],
         "rows": files["filter"]["kept"],
         "retention": evaluated["accuracy"] / teacher["accuracy"],
         "families": {family: counts["correct"] / counts["total"] for family, counts in evaluated["families"].items()},
     } | {key: evaluated[key] for key in ("accuracy", "interval", "parameters", "bytes")}
 
 
+def _asked(stages: dict[str, Any], stage: str, own: set[str]) -> list[Any]:
+    """What the figures of an evaluation hang on beside its model, and the teacher if that is another than there is.
+
+    Args:
+        own: sections that the experiment changes.
+    """
+    entry, made = stages.get(stage, {}), out_hashes(stages)
+    deps = [(dep["path"], dep["md5"]) for dep in entry.get("deps", []) if not dep["path"].startswith("models/")]
+    teachers = [dep["md5"] for dep in entry.get("deps", []) if dep["path"] == TEACHER]
+    params = entry.get("params", {}).get("params.yaml", {})
+    return [
+        deps,
+        {key: value for key, value in params.items() if key not in own},
+        teachers not in ([], [made.get(TEACHER)]),
+    ]
+
+
 def controls(root: Path = Path(".")) -> str:
     """The table of what each part is worth, and a sentence on the spread; a sentence where nothing was run.
 
-    Here and in the other tables, EARLIER marks a result whose model dvc.lock no longer has. It says what the change was
-    worth there, beside others of the same mark.
+    Here and in the other tables, EARLIER marks a result that started from a model that dvc.lock no longer has.
     """
     rows = _results("controls", root)
     spread = _groups()["controls"]["spread"]
     lines = [_accuracies(rows)]
-    for mark in ("", EARLIER):
-        if not {name + mark for name in spread} <= set(rows):
-            continue
-        found = [rows[name + mark]["accuracy"] for name in spread]
+    found = [row for name, row in rows.items() if name.removesuffix(EARLIER) in spread]
+    if len(found) == len(spread) and len({row["started_from"] for row in found}) == 1:
+        seeds = [row["accuracy"] for row in found]
         lines += [
             "",
-            f"The order of the rows alone ({', '.join(spread)}) moves accuracy between {percent(min(found))} and "
-            f"{percent(max(found))}, mean {percent(fmean(found))}.",
+            f"The order of the rows alone ({', '.join(spread)}) moves accuracy between {percent(min(seeds))} and "
+            f"{percent(max(seeds))}, mean {percent(fmean(seeds))}.",
         ]
     return "\n".join(lines)
 

@@ -34,7 +34,6 @@ def track(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    from q2t.config import load
     from q2t.evaluation import cost
     from q2t.records import write_json
     from q2t.tracking import log_timings
@@ -44,7 +43,7 @@ def measure(arguments: argparse.Namespace) -> None:
     stages = log_timings(models)
     if stages:
         print(f"\n{table(stages)}")
-    write_json(cost.TIMINGS, {"machine": cost.machine(load().compute), "models": models, "stages": stages})
+    write_json(cost.TIMINGS, {"machine": cost.machine(), "models": models, "stages": stages})
 
 
 def knowledge(model: str, summary: Path = Path("reports/summary.json")) -> dict[str, Any]:
@@ -65,10 +64,10 @@ def ablate(arguments: argparse.Namespace) -> None:
 def ask(arguments: argparse.Namespace) -> None:
     if not arguments.model.is_dir():
         raise ValueError(f"there is no model in {arguments.model}: run `dvc repro` or `dvc pull {arguments.model}`")
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of torch, which reads it when it is imported
     from q2t.config import Compute
     from q2t.deployment.runtime import load
 
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # read when torch is imported, which int8 does without
     runtime = load(arguments.model, Compute(threads=arguments.threads, dtype="float32", device="cpu"))
     for piece in runtime.stream(arguments.question, max_new_tokens=ANSWER):
         print(piece, end="", flush=True)

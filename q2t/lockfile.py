@@ -23,7 +23,7 @@ class Result:
     """All of params.yaml but `tracking`: where a result is shown is no part of it."""
     stages: dict[str, Entry]
     files: dict[str, str]
-    """The text of the summary, the metrics and, where the workspace has them, the curves."""
+    """The text of the summary, the metrics and, where DVC's cache has them, the curves."""
     commit: str | None
     """The commit that holds this dvc.lock; None if the workspace's is not committed."""
 
@@ -72,11 +72,12 @@ def _commit(root: Path, rev: str) -> str | None:
     """The full hash of a revision; DVC keeps experiments where `git rev-parse` does not look."""
     found = _git(root, "rev-parse", "--verify", "--quiet", f"{rev}^{{commit}}")
     found = found or _git(root, "for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{rev}")
-    if found and len(found.split()) > 1:
+    commits = set(found.split()) if found else set()
+    if len(commits) > 1:
         raise ValueError(
-            f"{rev!r} is the name of {len(found.split())} experiments: give one's hash, as `dvc exp list -A` shows it"
+            f"{rev!r} is the name of {len(commits)} experiments: give one's hash, as `dvc exp list -A` shows it"
         )
-    return found.strip() if found else None
+    return commits.pop() if commits else None
 
 
 def _known(root: Path, rev: str) -> str:
@@ -115,11 +116,18 @@ def inputs_key(stage: str, entry: Entry) -> str:
     return digest([stage, entry["cmd"], deps, entry.get("params", {})])
 
 
-def _files(root: Path, params: Any, lock: dict[str, Entry], read: Reader) -> dict[str, str]:
-    """The text of dvc.lock's metrics and curves, once everything is known to belong to one result.
+def cached(md5: str, root: Path = Path(".")) -> Path | None:
+    """The file of this hash in DVC's cache; None if it isn't there."""
+    from dvc.repo import Repo
 
-    Metrics are in git. Curves are in DVC's cache, and shown if the workspace has them.
-    """
+    with Repo(str(root)) as repo:
+        path = Path(repo.cache.local.oid_to_path(md5))
+    return path if path.is_file() else None
+
+
+def _files(root: Path, params: Any, lock: dict[str, Entry], read: Reader) -> dict[str, str]:
+    """The text of dvc.lock's metrics, which git has, and of those curves that DVC's cache has, once everything is known
+    to belong to one result."""
     outs = out_hashes(lock)
     for stage, entry in lock.items():
         for key, value in entry.get("params", {}).get(PARAMS, {}).items():
@@ -130,12 +138,12 @@ def _files(root: Path, params: Any, lock: dict[str, Entry], read: Reader) -> dic
                 raise ValueError(f"{stage} ran before {dep['path']} changed: run `dvc repro` first")
     files = {}
     for path, md5 in outs.items():
-        curve = path.endswith(".csv") and (root / path).is_file()
-        if curve or path == SUMMARY or re.fullmatch(r"reports/metrics/.*\.json", path):
-            text = (root / path).read_bytes().decode() if curve else read(path)
-            if hashlib.md5(text.encode()).hexdigest() == md5:
-                files[path] = text
-            elif not curve:
+        if path.endswith(".csv"):
+            if curve := cached(md5, root):
+                files[path] = curve.read_bytes().decode()
+        elif path == SUMMARY or re.fullmatch(r"reports/metrics/.*\.json", path):
+            files[path] = read(path)
+            if hashlib.md5(files[path].encode()).hexdigest() != md5:
                 raise ValueError(f"{path} is not the file that {LOCK} names: run `dvc repro` first")
     return files
 
@@ -143,15 +151,18 @@ def _files(root: Path, params: Any, lock: dict[str, Entry], read: Reader) -> dic
 def _made(dep: dict[str, Any], outs: dict[str, str]) -> str | None:
     """The hash that a dependency has as what the stages put out; its own where no stage makes it.
 
-    A folder of several stages' files has the hash that DVC gives it from theirs, unless it holds other files too.
+    A folder of several stages' files has the hash that DVC gives it from theirs; "" if these are more than it held. A
+    folder that holds other files too, or folders, is taken as it is.
     """
     own: str | None = dep.get("md5")
-    inside = {path.removeprefix(f"{dep['path']}/"): md5 for path, md5 in outs.items()}
-    inside = {path: md5 for path, md5 in inside.items() if path not in outs}
-    if len(inside) == dep.get("nfiles") and not any(md5.endswith(".dir") for md5 in inside.values()):
-        listed = [{"md5": md5, "relpath": path} for path, md5 in sorted(inside.items())]
-        return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
-    return outs.get(dep["path"], own)
+    prefix = dep["path"] + "/"
+    inside = {path.removeprefix(prefix): md5 for path, md5 in outs.items() if path.startswith(prefix)}
+    if not inside or any(md5.endswith(".dir") for md5 in inside.values()) or len(inside) < dep.get("nfiles", 0):
+        return outs.get(dep["path"], own)
+    if len(inside) > dep.get("nfiles", 0):
+        return ""
+    listed = [{"md5": md5, "relpath": path} for path, md5 in sorted(inside.items())]
+    return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
 def _reader(root: Path, commit: str | None) -> Reader:

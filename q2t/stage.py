@@ -112,14 +112,9 @@ def published(out: str) -> Path | None:
 
     DVC deletes an out before the stage runs, so this is where the stage finds what it wrote before.
     """
-    from dvc.repo import Repo
-
-    from q2t.lockfile import LOCK, out_hashes, read_yaml
+    from q2t.lockfile import LOCK, cached, out_hashes, read_yaml
 
     lock = Path(LOCK)
     stages = read_yaml(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}
-    if (md5 := out_hashes(stages).get(out)) is None:
-        return None
-    with Repo(".") as repo:
-        cached = Path(repo.cache.local.oid_to_path(md5))
-    return cached if cached.is_file() else None
+    md5 = out_hashes(stages).get(out)
+    return cached(md5) if md5 else None

@@ -12,23 +12,21 @@ are found by content, never by stored ids:
 A stage that two pipelines share is one run, the child of the first, and both name it in a tag q2t.stage.NAME.
 """
 
-import csv
 import json
 import logging
-import math
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from q2t.evaluation.cost import peak_memory_mb
+from q2t.figures import curve_points, figures_of, flatten, leaves, mlflow_name
 from q2t.lockfile import PARAMS, SUMMARY, Entry, digest, entry_before, inputs_key, read_result, read_yaml
 from q2t.stage import is_main
 
@@ -169,7 +167,7 @@ def track(root: Path = Path("."), rev: str | None = None) -> str:
         _log_summary(store, run_id, summary)
         for stage, entry in result.stages.items():
             child = _child(store, run_id, stage, entry, result.files)
-            store.client.set_tag(run_id, _name(f"q2t.stage.{stage}"), child)
+            store.client.set_tag(run_id, mlflow_name(f"q2t.stage.{stage}"), child)
         store.client.set_terminated(run_id)
     if result.commit:
         store.client.set_tag(run_id, "mlflow.source.git.commit", result.commit)
@@ -197,15 +195,6 @@ def log_timings(models: list[dict[str, Any]], root: Path = Path(".")) -> list[di
     return stages
 
 
-def flatten(value: Any) -> dict[str, float]:
-    """The finite numbers in nested maps, by dotted path; flags, lists and text are left out."""
-    return {
-        _name(path): float(leaf)
-        for path, leaf in _leaves(value)
-        if isinstance(leaf, int | float) and not isinstance(leaf, bool) and math.isfinite(leaf)
-    }
-
-
 def _child(store: Store, parent: str, stage: str, entry: Entry, files: dict[str, str]) -> str:
     """The run of this stage: found, adopted from a live run, or made from the files."""
     key = digest([stage, entry])
@@ -213,7 +202,7 @@ def _child(store: Store, parent: str, stage: str, entry: Entry, files: dict[str,
         if _is_gone(store, store.client.get_run(found).data.tags["mlflow.parentRunId"]):
             store.client.set_tag(found, "mlflow.parentRunId", parent)
         return found
-    run_id = _live(store, inputs_key(stage, entry), _figures(entry, files))
+    run_id = _live(store, inputs_key(stage, entry), figures_of(entry, files))
     if run_id is None:
         run_id = store.create(stage, {"q2t.kind": "stage", "q2t.stage": stage, "q2t.entry": key})
         _log_entry(store, run_id, entry)
@@ -252,27 +241,17 @@ def _is_gone(store: Store, run_id: str) -> bool:
         return True
 
 
-def _live(store: Store, inputs: str, figures: dict[str, float]) -> str | None:
-    """The newest finished live run of these inputs that no result has adopted yet, and that logged no other figures:
-    on another processor, equal inputs come to something else."""
+def _live(store: Store, inputs: str, figures: dict[str, float] | None) -> str | None:
+    """The newest finished live run of these inputs that no result has adopted yet, and that logged these figures:
+    on another processor, equal inputs come to others."""
+    if figures is None:
+        return None
     query = f"tags.`q2t.inputs` = '{inputs}' AND attributes.status = 'FINISHED'"
     for run in store.client.search_runs([store.experiment], query, order_by=["attributes.start_time DESC"]):
         logged = run.data.metrics
         if "q2t.entry" not in run.data.tags and all(figures[name] == logged[name] for name in figures.keys() & logged):
             return str(run.info.run_id)
     return None
-
-
-def _figures(entry: Entry, files: dict[str, str]) -> dict[str, float]:
-    """What a live run of this entry has logged at its end: the metrics, and the last row of the curve."""
-    figures: dict[str, float] = {}
-    for path in (out["path"] for out in entry.get("outs", [])):
-        if path in files and path.endswith(".csv"):
-            *_, last = csv.DictReader(StringIO(files[path]))
-            figures |= {f"train/{_name(k)}": float(v) for k, v in last.items() if v and k != "step"}
-        elif path in files and path.endswith(".json") and path != SUMMARY:
-            figures |= flatten(json.loads(files[path]))
-    return figures
 
 
 def _title(key: str, summary: dict[str, Any]) -> str:
@@ -314,7 +293,7 @@ def _log_model(store: Store, run_id: str, path: str, md5: str) -> None:
 def _log_params(store: Store, run_id: str, params: dict[str, Any]) -> None:
     from mlflow.entities import Param
 
-    texts = [Param(_name(k), v if isinstance(v, str) else json.dumps(v)) for k, v in _leaves(params)]
+    texts = [Param(mlflow_name(k), v if isinstance(v, str) else json.dumps(v)) for k, v in leaves(params)]
     for start in range(0, len(texts), 100):  # MLflow takes 100 parameters and 1,000 metrics at a time
         store.client.log_batch(run_id, params=texts[start : start + 100])
 
@@ -324,9 +303,7 @@ def _log_metrics(store: Store, run_id: str, values: dict[str, float], step: int 
 
 
 def _log_curve(store: Store, run_id: str, text: str) -> None:
-    rows = [(int(row.pop("step")), row) for row in csv.DictReader(StringIO(text))]
-    points = [(f"train/{_name(k)}", float(v), step) for step, row in rows for k, v in row.items() if v]
-    _log_points(store, run_id, points)
+    _log_points(store, run_id, curve_points(text))
 
 
 def _log_points(store: Store, run_id: str, points: list[tuple[str, float, int]]) -> None:
@@ -336,19 +313,6 @@ def _log_points(store: Store, run_id: str, points: list[tuple[str, float, int]])
     metrics = [Metric(name, value, now, step) for name, value, step in points]
     for start in range(0, len(metrics), 1000):
         store.client.log_batch(run_id, metrics=metrics[start : start + 1000])
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
-
-
-def _name(text: str) -> str:
-    """A name that MLflow takes: evaluate@student becomes evaluate:student."""
-    return re.sub(r"[^\w\-. :/]", ":", text)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -103,11 +104,13 @@ def test_a_result_of_another_teacher_is_marked(tmp_path):
     ]
 
 
-def test_seeds_of_one_earlier_teacher_show_their_spread(tmp_path):
+@pytest.mark.parametrize("teachers, told", [(("another",), True), (("another", "one more"), False)])
+def test_seeds_of_one_earlier_teacher_show_their_spread(teachers, told, tmp_path):
     write(tmp_path, "controls", default=0.5, seed_8=0.62, seed_9=0.44)
-    for path in (tmp_path / "reports/ablations").glob("*.json"):
-        path.write_text(path.read_text().replace("models/teacher", "another"))
-    assert "(default, seed 8, seed 9) moves accuracy between 44.0% and 62.0%" in ablation.controls(tmp_path)
+    for path, teacher in zip((tmp_path / "reports/ablations").glob("*.json"), cycle(teachers), strict=False):
+        path.write_text(path.read_text().replace("models/teacher", teacher))
+    said = "(default, seed 8, seed 9) moves accuracy between 44.0% and 62.0%" in ablation.controls(tmp_path)
+    assert said == told
 
 
 def test_sizes_from_another_student_are_marked(tmp_path):
@@ -222,13 +225,20 @@ def test_one_that_fails_stops_no_other_and_nothing_stays_but_results(project):
     assert [path.name for path in (project / ".dvc/tmp/exps/standalone").iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("evaluated", ["one", "another"])
-def test_a_teacher_that_was_trained_again_and_not_evaluated_is_refused(evaluated, tmp_path):
+@pytest.mark.parametrize("evaluated, tokens, fits", [("one", 60, True), ("another", 60, False), ("one", 160, False)])
+def test_a_teacher_that_was_not_evaluated_as_the_student_is_refused(evaluated, tokens, fits, tmp_path):
     """An experiment runs up to its target, and `evaluate@teacher` is not on the way there."""
+
+    def entry(model: str, md5: str, most: int) -> dict:
+        deps = [{"path": model, "md5": md5}, {"path": "data/prompts/test.jsonl", "md5": "test"}]
+        return {"deps": deps, "params": {"params.yaml": {"evaluate.max_new_tokens": most, "teachers": {}}}}
+
     stages = {
         "specialize": {"outs": [{"path": "models/teacher", "md5": "one"}]},
-        "evaluate@teacher": {"deps": [{"path": "models/teacher", "md5": evaluated}]},
+        "evaluate@teacher": entry("models/teacher", evaluated, tokens),
+        "evaluate@student": entry("models/student", "any", 60),
     }
+    stages["evaluate@student"]["params"]["params.yaml"]["teachers"] = {"lessons": "more"}  # what it changes itself
     known = {"accuracy": 0.6, "interval": [0, 1], "parameters": 1, "bytes": 4, "families": {}}
     (tmp_path / "reports/metrics").mkdir(parents=True)
     for name, row in {"evaluate_student": known, "evaluate_teacher": {"accuracy": 0.8}, "filter": {"kept": 5}}.items():
@@ -237,12 +247,12 @@ def test_a_teacher_that_was_trained_again_and_not_evaluated_is_refused(evaluated
     commit = ["git", "-c", "user.name=q2t", "-c", "user.email=q2t@example.org", "commit", "-qm", "ran"]
     for command in (["git", "init", "-q"], ["git", "add", "-A"], commit, ["git", "branch", "ablation-hot"]):
         subprocess.run(command, cwd=tmp_path, check=True)
-    experiment = ablation.Experiment("hot", "evaluate@student", "models/teacher", {})
-    if evaluated == "one":
+    experiment = ablation.Experiment("hot", "evaluate@student", "models/teacher", {"+teachers.lessons": "more"})
+    if fits:
         row = ablation.result(experiment, tmp_path)
         assert (row["retention"], row["started_from"]) == (pytest.approx(0.75), "one")
     else:
-        with pytest.raises(ValueError, match="models/teacher changed after evaluate@teacher ran: run `dvc repro`"):
+        with pytest.raises(ValueError, match="evaluate@teacher was asked otherwise, or of another teacher: run `dvc"):
             ablation.result(experiment, tmp_path)
 
 

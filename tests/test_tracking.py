@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 from q2t import cli, tracking
 from q2t.evaluation.cost import peak_memory_mb
+from q2t.figures import figures_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -216,8 +217,10 @@ def test_a_live_run_of_equal_inputs_that_came_to_something_else_is_not_adopted(l
     store.client.log_metric(run_id, "seconds", 3.0)
     store.client.set_terminated(run_id)
     entry = {"outs": [{"path": "reports/curves/distill.csv"}]}
-    figures = tracking._figures(entry, {"reports/curves/distill.csv": "step,loss,kl\n0,1.0,\n10,0.4,\n"})
+    figures = figures_of(entry, {"reports/curves/distill.csv": "step,loss,kl\n0,1.0,\n10,0.4,\n"})
     assert figures == {"train/loss": 0.4}
+    assert figures_of(entry, {"reports/curves/distill.csv": "step,loss\n"}) == {}  # specialize.epochs: 0
+    assert figures_of(entry, {}) is None and tracking._live(store, "key", None) is None
     assert tracking._live(store, "key", figures) == (run_id if adopted else None)
     store.client.delete_run(run_id)
 
@@ -279,11 +282,26 @@ def test_a_name_of_two_experiments_is_refused(project):
     commit = subprocess.run(head, cwd=project, capture_output=True, text=True, check=True).stdout.strip()
     for baseline in ("one", "other"):
         run("git", "update-ref", f"refs/exps/{baseline}/0/twice", commit, cwd=project)
+    assert tracking.track(project, "twice") == tracking.track(project, "HEAD")  # one commit, whatever it hangs on
+    run(
+        "git",
+        "-c",
+        "user.name=q2t",
+        "-c",
+        "user.email=q2t@example.org",
+        "commit",
+        "-q",
+        "--allow-empty",
+        "-m",
+        "x",
+        cwd=project,
+    )
+    run("git", "update-ref", "refs/exps/other/0/twice", "HEAD", cwd=project)
+    run("git", "reset", "-q", "--soft", "HEAD~1", cwd=project)
     with pytest.raises(ValueError, match="'twice' is the name of 2 experiments: give one's hash"):
         tracking.track(project, "twice")
-    run("git", "update-ref", "-d", "refs/exps/other/0/twice", cwd=project)
-    assert tracking.track(project, "twice") == tracking.track(project, "HEAD")
-    run("git", "update-ref", "-d", "refs/exps/one/0/twice", cwd=project)
+    for baseline in ("one", "other"):
+        run("git", "update-ref", "-d", f"refs/exps/{baseline}/0/twice", cwd=project)
 
 
 def test_unknown_revision(project):

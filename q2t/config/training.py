@@ -141,7 +141,7 @@ class Distill(Optimizer):
     teacher_only: list[Domain]
     """Domains whose rows are learnt from the teacher's labels alone: those of prompts that nobody can check."""
     balance: bool
-    """Whether distillation is scaled to cross-entropy's size as training goes; see `distillation.weighting`."""
+    """Whether the other terms are scaled to cross-entropy's size as training goes; see `distillation.weighting`."""
     curriculum: float
     """Above 0, rows count less the better they are learnt; below 0, the further off they are; 0 is off."""
     reasoning: float = Field(gt=0)

@@ -154,13 +154,11 @@ class Whole(NamedTuple):
     """[tokens, teacher width], of the positions that predict the targets."""
     head_weight: Tensor
     """[student vocabulary, teacher width]: the teacher's rows for the student's tokens, in their order."""
-    absent: Tensor
-    """[student vocabulary], bool: an id that is no token, or none of the teacher's."""
 
     def logits(self, index: Tensor) -> Tensor:
         """[len(index), student vocabulary]."""
         inputs = F.pad(self.hidden[index].to(self.head_weight.dtype), (0, 0, 0, -len(index) % 32))
-        return (inputs @ self.head_weight.T)[: len(index)].masked_fill(self.absent, FLOOR)
+        return (inputs @ self.head_weight.T)[: len(index)]
 
 
 def whole_completion_loss(
@@ -178,7 +176,8 @@ def whole_completion_loss(
     """As `completion_loss`, with the teacher's whole distribution in place of its k best tokens and a tail.
 
     Of what the teacher says in tokens that the student lacks nothing is left: its distribution is the one over the
-    student's tokens, renormalised. Both models' logits exist for `chunk` tokens at a time.
+    student's tokens, renormalised. For `chunk` tokens at a time there are both models' logits, and a few tensors of
+    their size.
     """
     exact = torch.promote_types(hidden.dtype, torch.float32)
 

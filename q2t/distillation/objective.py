@@ -55,10 +55,10 @@ class Objective(nn.Module):
         batch = batches.collate(micro).to(head.device)
         teacher = self.teacher if settings.online else None
         if teacher:
-            states = teacher.states(self.student, batch)
-            hidden = states.last
+            states, asked = teacher.states(self.student, batch), teacher.ask(micro, head.device)
+            hidden, whole = states.last, teacher.whole(asked)
         else:
-            hidden = batches.predicting_states(self.student, batch)
+            hidden, whole = batches.predicting_states(self.student, batch), None
         exact = torch.promote_types(hidden.dtype, torch.float32)
         weights = weighting.token_weights(batch, micro, settings, scales.distillation, exact)
         chunk = chunk_size(head)
@@ -66,17 +66,17 @@ class Objective(nn.Module):
             factor = weighting.curriculum(hidden, head, batch.targets, micro, settings.curriculum, chunk)
             weights = (weights[0] * factor, weights[1] * factor)
         how = (*weights, settings.temperature, chunk, settings.divergence, settings.beta)
-        asked = teacher.ask(micro, head.device) if teacher else None
-        if teacher and asked and teacher.settings.logits:
-            terms = whole_completion_loss(hidden, head, batch.targets, teacher.whole(asked), *how)
+        if whole:
+            terms = whole_completion_loss(hidden, head, batch.targets, whole, *how)
         else:
             terms = completion_loss(
                 hidden, head, batch.targets, batch.top_ids, batch.top_logprobs, batch.tail_logprob, *how
             )
         losses = Losses(*torch.stack([term.detach() for term in terms]).tolist())  # one wait for the device
-        if not teacher or not asked:
+        if not teacher:
             return terms.total, losses
         beside = teacher.loss(self.student, states, asked, micro, batch, scales)
         total = terms.total + beside.total
-        of_teacher = {name: value.item() for name, value in beside._asdict().items() if name != "total"}
-        return total, losses._replace(total=total.item(), **of_teacher)
+        sums = torch.stack([value.detach() for value in beside]).tolist()
+        of_teacher = dict(zip(beside._fields, sums, strict=True))
+        return total, losses._replace(**of_teacher | {"total": total.item()})

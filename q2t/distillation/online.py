@@ -98,6 +98,7 @@ class OnlineTeacher:
             of_teacher = encode(theirs, examples, systems)
         else:
             of_teacher = features.in_teacher_ids(rows, tokenizer, theirs)
+        self.head: Tensor | None = None  # of `logits`, once the device is known
         if settings.logits:
             self.ids = _in_teacher_ids(student, tokenizer, theirs)
         self.rows = {row.id: row for row in of_teacher}
@@ -117,11 +118,14 @@ class OnlineTeacher:
         states = features.teacher_states(self.model.to(device), batch, *self._layers(1))
         return Asked(teacher_rows, batch, states)
 
-    def whole(self, asked: Asked) -> Whole:
-        """Its distributions over the student's tokens, of `logits`."""
-        head = self.model.get_output_embeddings().weight
-        ids = self.ids.to(head.device)
-        return Whole(asked.states.last, head[ids.clamp(min=0)], ids < 0)
+    def whole(self, asked: Asked) -> Whole | None:
+        """Its distributions over the student's tokens, if `logits` are asked for."""
+        if not self.settings.logits:
+            return None
+        last = asked.states.last
+        if self.head is None or self.head.device != last.device:
+            self.head = self.model.get_output_embeddings().weight[self.ids.to(last.device)]
+        return Whole(last, self.head)
 
     def loss(
         self,
@@ -172,14 +176,15 @@ class OnlineTeacher:
 
 
 def _in_teacher_ids(student: Any, tokenizer: Any, theirs: Any) -> Tensor:
-    """[rows of the student's head]: the teacher's id of the same token, -1 where a row has no token.
+    """[student vocabulary]: the teacher's id of the same token.
 
     Raises:
         ValueError: the teacher lacks a token of the student's, or ends texts on another.
     """
-    ids = torch.full((student.get_output_embeddings().weight.shape[0],), -1)
-    known = theirs.get_vocab()
-    for token, index in tokenizer.get_vocab().items():
+    ours, known = tokenizer.get_vocab(), theirs.get_vocab()
+    assert len(student.get_output_embeddings().weight) == len(ours), "initialize leaves no row without a token"
+    ids = torch.empty(len(ours), dtype=torch.int64)
+    for token, index in ours.items():
         if token not in known:
             raise ValueError(
                 f"online.logits: the teacher lacks the student's token {token!r}: take a teacher whose vocabulary the "

@@ -115,17 +115,17 @@ def _ask(runtime: "Runtime", question: str) -> tuple[float, float]:
         return first - start, time.perf_counter() - first
 
 
-def machine(compute: Compute) -> str:
-    """The processor and what ran on it: that timings differ elsewhere is no surprise then."""
+def machine() -> str:
+    """What the timings were taken on: they differ elsewhere."""
     import torch
 
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = names[0] if names else platform.processor()
+    cards = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     level = torch.backends.cpu.get_cpu_capability()
-    card = f", {torch.cuda.get_device_name()}" if compute.device != "cpu" else ""
-    return f"{os.cpu_count()} cores of {processor} ({level}){card}, {compute.dtype}, torch {torch.__version__}"
+    return f"{os.cpu_count()} cores of {processor} ({level}){cards}, torch {torch.__version__}"
 
 
 def peak_memory_mb() -> float:
