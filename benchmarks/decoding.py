@@ -62,7 +62,7 @@ def with_generate(model: Any, tokenizer: Any, prompts: list[str], most: int) -> 
 def table(found: dict[str, Any]) -> str:
     settings, ways = found["settings"], found["ways"]
     lines = [
-        f"{settings['answers']} answers of the teacher in one batch, {settings['samples']} to each question, "
+        f"{settings['answers']} answers of `{settings['model']}` in one batch, {settings['samples']} to each question, "
         f"{settings['threads']} threads, {settings['dtype']}:",
         "",
         "| Engine | Tokens a second | Against q2t's |",
@@ -110,7 +110,7 @@ def main() -> None:
         options.intra_op_num_threads = given.threads
         theirs = ORTModelForCausalLM.from_pretrained(exported, session_options=options, use_cache=True)
         ways["optimum, ONNX Runtime"] = measure(lambda: with_generate(theirs, tokenizer, prompts, most))
-    settings = {"model": given.model.name, "answers": len(prompts), "samples": given.samples}
+    settings = {"model": str(given.model), "answers": len(prompts), "samples": given.samples}
     settings |= {"max_new_tokens": most, **SAMPLING, **compute.model_dump()}
     found = {"settings": settings, "ways": ways}
     write_json(RESULTS, found)

@@ -22,11 +22,15 @@ PRELOADED = (
 ).split()
 
 
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder)}
+
+
 def run(folder: Path, *command: str, check: bool = True) -> str:
     done = subprocess.run(
         [str(BIN / command[0]), *command[1:]] if (BIN / command[0]).exists() else list(command),
         cwd=folder,
-        env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder)},
+        env=environment(folder),
         capture_output=True,
         text=True,
     )
