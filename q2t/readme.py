@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from q2t import ablation
 from q2t.lockfile import SUMMARY
@@ -12,8 +13,8 @@ from q2t.report.summary import markdown_table
 
 README = Path("README.md")
 METHODS = Path("docs/distillation.md")
-FULL = "reports/profiles/full.json"
-"""The summary that a run of profile `full` left."""
+FULL, FULL_TIMES = "reports/profiles/full.json", "reports/profiles/full.times.json"
+"""The summary that a run of profile `full` left, and what its stages took, with the `commit` that it ran."""
 TIMES = "reports/profiles/quickstart.times.json"
 """What `q2t measure` found after the committed run, with the `commit` that it ran."""
 
@@ -33,17 +34,25 @@ def fill(readme: Path, name: str, text: str) -> None:
     publish(readme, f"{head}{begin}\n{text}\n{end}{tail}")
 
 
-def results(root: Path, path: str) -> str:
-    """The table of a summary's models, and the commit that has it."""
-    summary = json.loads((root / path).read_text(encoding="utf-8"))
-    log = ["git", "log", "-1", "--format=%h", "--", path]
+def results(root: Path) -> str:
+    """The table of the committed run's models, and the commit that has it."""
+    log = ["git", "log", "-1", "--format=%h", "--", SUMMARY]
     commit = subprocess.run(log, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    return f"{markdown_table(summary)}\n\nMeasured at commit `{commit}`."
+    return f"{markdown_table(_read(root, SUMMARY))}\n\nMeasured at commit `{commit}`."
+
+
+def full(root: Path) -> str:
+    """The table of profile `full`, and the commit that it ran."""
+    return f"{markdown_table(_read(root, FULL))}\n\nMeasured at commit `{_read(root, FULL_TIMES)['commit']}`."
+
+
+def _read(root: Path, path: str) -> Any:
+    return json.loads((root / path).read_text(encoding="utf-8"))
 
 
 def times(root: Path) -> str:
     """What the stages of the committed run took, those of one name together, and what its models cost."""
-    measured = json.loads((root / TIMES).read_text(encoding="utf-8"))
+    measured = _read(root, TIMES)
     minutes: dict[str, float] = defaultdict(float)
     memory: dict[str, float] = defaultdict(float)
     for row in measured["stages"]:
@@ -62,9 +71,9 @@ def times(root: Path) -> str:
 
 
 def main(root: Path = Path(".")) -> None:
-    fill(root / README, "results", results(root, SUMMARY))
+    fill(root / README, "results", results(root))
     fill(root / README, "times", times(root))
-    fill(root / README, "full", results(root, FULL))
+    fill(root / README, "full", full(root))
     fill(root / README, "ablations", ablation.controls(root))
     fill(root / README, "sizes", ablation.sizes(root))
     fill(root / METHODS, "methods", ablation.methods(root))
