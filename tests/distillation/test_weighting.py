@@ -1,6 +1,7 @@
 """What a token counts: by its row, by what its row has, and by what the student knows already."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,8 +30,8 @@ def test_terms_share_a_rows_weight(rows: Any, settings: Any) -> None:
 
 def test_reasoning_counts_apart_from_the_answer(rows: Any, settings: Any) -> None:
     """In both terms, and only tokens before the answer."""
-    chosen = rows(4)
-    object.__setattr__(chosen[1], "answer_start", chosen[1].completion_tokens - 1)
+    chosen = [replace(row, answer_start=0) for row in rows(4)]
+    chosen[1] = replace(chosen[1], answer_start=chosen[1].completion_tokens - 1)
     batch = collate(chosen)
     plain = token_weights(batch, chosen, settings, 1.0, torch.float64)
     weighted = token_weights(batch, chosen, settings.model_copy(update={"reasoning": 0.25}), 1.0, torch.float64)
