@@ -25,13 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "easy rows": {"curriculum": -0.5},
     "teacher only": {"teacher_only": ["target"]},
     "reasoning": {"reasoning": 0.1},
-    "all of them": {
-        "reasoning": 0.3,
-        "curriculum": 1.0,
-        "balance": True,
-        "divergence": "jsd",
-        "teacher_only": ["target"],
-    },
+    "several": {"reasoning": 0.3, "curriculum": 1.0, "divergence": "jsd"},
     "cosine": {"schedule": "cosine", "spike_factor": 20.0},
 }
 every_method = pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
