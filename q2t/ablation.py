@@ -16,10 +16,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from q2t.lockfile import LOCK, out_hashes, read_files, read_yaml
+from q2t.evaluation.retention import Correct, retention, retention_interval
+from q2t.lockfile import LOCK, PARAMS, cached, out_hashes, read_files, read_yaml
 from q2t.records import write_json
-from q2t.report import percent, span
-from q2t.report import summary as report_summary
+from q2t.report import NOTHING, percent
+from q2t.report.summary import by_family, estimate, markdown_table, verdicts
+from q2t.tracking import minutes
 
 LIST = Path(__file__).with_name("ablations.yaml")
 RESULTS = Path("reports/ablations")
@@ -42,6 +44,8 @@ class Experiment:
     name: str
     target: str
     """The stage that it is run up to: evaluate@MODEL."""
+    training: str
+    """The stage that trains this model."""
     model: str
     """The folder of the quickstart's model that it starts from."""
     changes: dict[str, Any]
@@ -66,7 +70,7 @@ class Experiment:
 def experiments(group: str | None = None) -> list[Experiment]:
     """All that ablations.yaml lists, or those of one group."""
     return [
-        Experiment(name, listed["target"], listed["model"], listed["everywhere"] | changes)
+        Experiment(name, listed["target"], listed["training"], listed["model"], listed["everywhere"] | changes)
         for key, listed in _groups().items()
         if group in (None, key)
         for name, changes in listed["experiments"].items()
@@ -117,30 +121,44 @@ def _succeeds(experiment: Experiment, root: Path) -> bool:
 def result(experiment: Experiment, root: Path) -> dict[str, Any]:
     """What the model of this experiment knows, beside its teacher, and the hash of the model that it started from.
 
+    `minutes` are those of its training and its evaluation, as MLflow has them; experiments share what comes before.
+
     Raises:
         ValueError: it lacks a file, its teacher was not evaluated as it was itself, or solves nothing, so that there is
             nothing to retain.
     """
     model = experiment.target.removeprefix("evaluate@")
-    paths = {key: f"reports/metrics/{key}.json" for key in ("filter", f"evaluate_{model}", "evaluate_teacher")}
-    texts = read_files(root, experiment.reference, paths | {LOCK: LOCK})
-    stages = read_yaml(texts.pop(LOCK))["stages"]
+    paths = {"filter": "reports/metrics/filter.json", "evaluated": f"reports/metrics/evaluate_{model}.json"}
+    texts = read_files(root, experiment.reference, paths | {LOCK: LOCK, PARAMS: PARAMS})
+    stages, params = read_yaml(texts[LOCK])["stages"], read_yaml(texts[PARAMS])
     own = {key.removeprefix("+").partition(".")[0] for key in experiment.changes}
     beside = "evaluate@teacher"
     if beside in stages and _asked(stages, beside, own) != _asked(stages, experiment.target, own):
         raise ValueError(f"{beside} was asked otherwise, or of another teacher: run `dvc repro`, and this again")
-    files = {key: json.loads(text) for key, text in texts.items()}
-    evaluated, teacher = files[f"evaluate_{model}"], files["evaluate_teacher"]
-    if not teacher["accuracy"]:
+    evaluated = json.loads(texts["evaluated"])
+    correct, known = (_correct(stages, each, root) for each in (model, "teacher"))
+    if (kept := retention(correct, known)) is None:
         raise ValueError("the teacher solves no problem: train it longer, or on easier ones")
+    drawn = {key: params["evaluate"][key] for key in ("resamples", "confidence")} | {"seed": params["seed"]}
     return {
         "name": experiment.name,
         "changes": experiment.changes,
         "started_from": out_hashes(stages)[experiment.model],
-        "rows": files["filter"]["kept"],
-        "retention": evaluated["accuracy"] / teacher["accuracy"],
+        "rows": json.loads(texts["filter"])["kept"],
+        "retention": kept,
+        "retention_interval": retention_interval(correct, known, **drawn),
         "families": {family: counts["correct"] / counts["total"] for family, counts in evaluated["families"].items()},
+        "minutes": minutes({each: stages[each] for each in (experiment.training, experiment.target)}, root),
     } | {key: evaluated[key] for key in ("accuracy", "interval", "parameters", "bytes")}
+
+
+def _correct(stages: dict[str, Any], model: str, root: Path) -> Correct:
+    """Which problems a model of an experiment answered right."""
+    path = f"reports/answers/{model}.jsonl"
+    answers = cached(out_hashes(stages)[path], root)
+    if answers is None:
+        raise ValueError(f"DVC's cache has not this {path}: run `dvc pull {path}` or `dvc repro`, and this again")
+    return by_family(verdicts(answers))
 
 
 def _asked(stages: dict[str, Any], stage: str, own: set[str]) -> list[Any]:
@@ -189,10 +207,16 @@ def methods(root: Path = Path(".")) -> str:
 def _accuracies(rows: dict[str, Any]) -> str:
     if not rows:
         return "None of them has been run yet."
-    lines = ["| Experiment | Rows | Accuracy | Retention |", "|:--|--:|--:|--:|"]
+    lines = ["| Experiment | Rows | Accuracy | Retention | Minutes |", "|:--|--:|--:|--:|--:|"]
     for name, row in rows.items():
-        accuracy = f"{percent(row['accuracy'])} ({span(row['interval'])})"
-        lines.append(f"| {name} | {row['rows']} | {accuracy} | {percent(row['retention'])} |")
+        cells = [
+            name,
+            str(row["rows"]),
+            estimate(row["accuracy"], row["interval"]),
+            estimate(row["retention"], row.get("retention_interval")),
+            f"{row['minutes']:.1f}" if row.get("minutes") else NOTHING,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + _footnote(rows)
 
 
@@ -204,8 +228,8 @@ def sizes(root: Path = Path(".")) -> str:
     """The table of accuracy by size: models of reports/summary.json, and what was run of the group `sizes`."""
     models = json.loads((root / "reports/summary.json").read_text(encoding="utf-8"))
     rows = {name: models[name] for name in SIZES if name in models} | _results("sizes", root)
-    figures = ("accuracy", "interval", "retention", "parameters", "bytes")
-    table = report_summary.markdown_table({name: {key: row[key] for key in figures} for name, row in rows.items()})
+    figures = ("accuracy", "interval", "retention", "retention_interval", "parameters", "bytes")
+    table = markdown_table({name: {key: row.get(key) for key in figures} for name, row in rows.items()})
     return table + _footnote(rows)
 
 

@@ -195,6 +195,16 @@ def log_timings(models: list[dict[str, Any]], root: Path = Path(".")) -> list[di
     return stages
 
 
+def minutes(stages: dict[str, Entry], root: Path = Path(".")) -> float | None:
+    """What these stages took when they last ran, together; None where MLflow does not have all of them."""
+    with _spared("what stages took"):
+        store = init_store(root)
+        runs = [_live_runs(store, inputs_key(stage, entry)) for stage, entry in stages.items()]
+        if all(runs):
+            return round(sum(newest.data.metrics["seconds"] for newest, *_ in runs) / 60, 2)
+    return None
+
+
 def _child(store: Store, parent: str, stage: str, entry: Entry, files: dict[str, str]) -> str:
     """The run of this stage: found, adopted from a live run, or made from the files."""
     key = digest([stage, entry])
@@ -246,12 +256,18 @@ def _live(store: Store, inputs: str, figures: dict[str, float] | None) -> str | 
     on another processor, equal inputs come to others."""
     if figures is None:
         return None
-    query = f"tags.`q2t.inputs` = '{inputs}' AND attributes.status = 'FINISHED'"
-    for run in store.client.search_runs([store.experiment], query, order_by=["attributes.start_time DESC"]):
+    for run in _live_runs(store, inputs):
         logged = run.data.metrics
         if "q2t.entry" not in run.data.tags and all(figures[name] == logged[name] for name in figures.keys() & logged):
             return str(run.info.run_id)
     return None
+
+
+def _live_runs(store: Store, inputs: str) -> list[Any]:
+    """The finished live runs of these inputs, the newest first."""
+    query = f"tags.`q2t.inputs` = '{inputs}' AND attributes.status = 'FINISHED'"
+    found: list[Any] = store.client.search_runs([store.experiment], query, order_by=["attributes.start_time DESC"])
+    return found
 
 
 def _title(key: str, summary: dict[str, Any]) -> str:

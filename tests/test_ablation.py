@@ -1,5 +1,6 @@
 """The list of experiments: each changes parameters that exist, and its result becomes a row of a table."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_names_stay_apart_as_references_and_files():
 def test_the_command_is_one_that_dvc_reads():
     changes = {"distill.alpha": 0.0, "+teachers.x": {"model": "models/teacher", "samples": 1}, "filter.teachers": ["x"]}
     changes |= {"distill.phases": [{"alpha": 1.0}, {"share": 0.1}]}
-    words = ablation.Experiment("no labels", "evaluate@pruned", "models/student", changes).command
+    words = ablation.Experiment("no labels", "evaluate@pruned", "prune", "models/student", changes).command
     assert words[:6] == ["dvc", "exp", "run", "--temp", "--name", "ablation-no-labels"]
     assert words[-1] == "evaluate@pruned"
     from dvc.utils.hydra import to_hydra_overrides
@@ -73,6 +74,7 @@ def write(root, group, **accuracies):
             accuracy = accuracies[each.slug.replace("-", "_")]
             row = {"rows": 7, "accuracy": accuracy, "interval": [0.2, 0.6], "retention": accuracy}
             row |= {"parameters": 2_000_000, "bytes": 8_000_000, "started_from": each.model}
+            row |= {"retention_interval": [0.3, 0.7], "minutes": 5.04}
             path = root / "reports/ablations" / f"{each.slug}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(row))
@@ -83,7 +85,7 @@ def test_the_controls_that_were_run_in_the_order_of_the_list(tmp_path):
     assert ablation.controls(tmp_path) == "None of them has been run yet."
     write(tmp_path, "controls", answers_unverified=0.25, default=0.5, seed_8=0.6)
     *_, first, second, third = ablation.controls(tmp_path).splitlines()
-    assert first == "| default | 7 | 50.0% (20.0–60.0%) | 50.0% |"
+    assert first == "| default | 7 | 50.0% (20.0–60.0%) | 50.0% (30.0–70.0%) | 5.0 |"
     assert second.startswith("| seed 8 | 7 | 60.0%")
     assert third.startswith("| answers unverified | 7 | 25.0%")
 
@@ -151,9 +153,9 @@ def test_sizes_stand_below_the_quickstarts_own_models(tmp_path):
     write(tmp_path, "sizes", pruned_to_256=0.3)
     assert ablation.sizes(tmp_path).splitlines()[2:] == [
         "| teacher | 90.0% (80.0–100.0%) | – | 134.5M | 542 MB |",
-        "| student | 90.0% (80.0–100.0%) | 100.0% | 134.5M | 542 MB |",
-        "| pruned | 90.0% (80.0–100.0%) | 100.0% | 134.5M | 542 MB |",
-        "| pruned to 256 | 30.0% (20.0–60.0%) | 30.0% | 2.0M | 8 MB |",
+        "| student | 90.0% (80.0–100.0%) | 100.0% (90.0–110.0%) | 134.5M | 542 MB |",
+        "| pruned | 90.0% (80.0–100.0%) | 100.0% (90.0–110.0%) | 134.5M | 542 MB |",
+        "| pruned to 256 | 30.0% (20.0–60.0%) | 30.0% (30.0–70.0%) | 2.0M | 8 MB |",
     ]
 
 
@@ -163,7 +165,7 @@ stages:
     cmd: python train.py
     deps: [train.py]
     params: [width]
-    outs: [model]
+    outs: [model, reports/answers/train.jsonl, reports/answers/teacher.jsonl]
     metrics: [reports/metrics: {cache: false}]
 """
 TRAIN = """
@@ -177,12 +179,21 @@ with open(Path(__import__("os").environ["DVC_ROOT"]) / ".q2t/ran", "a") as ran:
 Path("model").write_text(f"{width}")
 Path("reports/metrics").mkdir(parents=True, exist_ok=True)
 known = {"accuracy": width / 100, "interval": [0, 1], "parameters": width, "bytes": width, "families": {}}
-teacher = {"accuracy": 0.8 * (width != 14)}
-for name, row in {"evaluate_train": known, "evaluate_teacher": teacher, "filter": {"kept": 5}}.items():
+for name, row in {"evaluate_train": known, "filter": {"kept": 5}}.items():
     Path(f"reports/metrics/{name}.json").write_text(json.dumps(row))
+Path("reports/answers").mkdir(exist_ok=True)
+for name, right in {"train": width // 10, "teacher": 8 * (width != 14)}.items():
+    rows = [{"domain": "target", "family": "led", "problem_id": str(n), "correct": n < right} for n in range(10)]
+    Path(f"reports/answers/{name}.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+"""
+PARAMS = """width: 1
+seed: 7
+evaluate: {resamples: 100, confidence: 0.9}
+tracking: {uri: "sqlite:///.q2t/mlflow.db", experiment: q2t}
 """
 LISTED = """
 sizes:
+  training: train
   target: train
   model: model
   everywhere: {}
@@ -193,7 +204,8 @@ sizes:
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A graph of one stage, committed, and three experiments: one that fails, one whose teacher does, a good one."""
-    files = {"dvc.yaml": GRAPH, "train.py": TRAIN, "params.yaml": "width: 1\n", ".gitignore": "/.q2t\n/model\n"}
+    ignored = "/.q2t\n/model\n/reports/answers\n"
+    files = {"dvc.yaml": GRAPH, "train.py": TRAIN, "params.yaml": PARAMS, ".gitignore": ignored}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     listed = tmp_path / ".git/listed.yaml"
@@ -219,6 +231,8 @@ def test_one_that_fails_stops_no_other_and_nothing_stays_but_results(project):
     assert (project / ".q2t/ran").read_text() == "14 40 "  # the second time it came out of DVC's cache
     row = json.loads((project / "reports/ablations/a-40.json").read_text())
     assert (row["accuracy"], row["retention"], row["rows"], row["bytes"]) == (0.4, 0.5, 5, 40)
+    low, high = row["retention_interval"]
+    assert low < 0.5 < high and row["minutes"] is None  # its stage shows itself nowhere
     assert [path.name for path in (project / "reports/ablations").iterdir()] == ["a-40.json"]
     refs = subprocess.run(["git", "for-each-ref", "refs/exps"], cwd=project, capture_output=True, text=True, check=True)
     assert refs.stdout == ""
@@ -231,7 +245,11 @@ def test_a_teacher_that_was_not_evaluated_as_the_student_is_refused(evaluated, t
 
     def entry(model: str, md5: str, most: int) -> dict:
         deps = [{"path": model, "md5": md5}, {"path": "data/prompts/test.jsonl", "md5": "test"}]
-        return {"deps": deps, "params": {"params.yaml": {"evaluate.max_new_tokens": most, "teachers": {}}}}
+        return {
+            "cmd": "python",
+            "deps": deps,
+            "params": {"params.yaml": {"evaluate.max_new_tokens": most, "teachers": {}}},
+        }
 
     stages = {
         "specialize": {"outs": [{"path": "models/teacher", "md5": "one"}]},
@@ -239,15 +257,28 @@ def test_a_teacher_that_was_not_evaluated_as_the_student_is_refused(evaluated, t
         "evaluate@student": entry("models/student", "any", 60),
     }
     stages["evaluate@student"]["params"]["params.yaml"]["teachers"] = {"lessons": "more"}  # what it changes itself
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    for model, right in {"student": 6, "teacher": 8}.items():
+        rows = [{"domain": "target", "family": "led", "problem_id": str(n), "correct": n < right} for n in range(10)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        md5 = hashlib.md5(text.encode()).hexdigest()
+        stages[f"evaluate@{model}"]["outs"] = [{"path": f"reports/answers/{model}.jsonl", "md5": md5}]
+        path = tmp_path / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    stages["distill"] = {"cmd": "python", "deps": []}
     known = {"accuracy": 0.6, "interval": [0, 1], "parameters": 1, "bytes": 4, "families": {}}
     (tmp_path / "reports/metrics").mkdir(parents=True)
-    for name, row in {"evaluate_student": known, "evaluate_teacher": {"accuracy": 0.8}, "filter": {"kept": 5}}.items():
+    for name, row in {"evaluate_student": known, "filter": {"kept": 5}}.items():
         (tmp_path / f"reports/metrics/{name}.json").write_text(json.dumps(row))
     YAML().dump({"stages": stages}, tmp_path / "dvc.lock")
+    (tmp_path / "params.yaml").write_text(PARAMS)
     commit = ["git", "-c", "user.name=q2t", "-c", "user.email=q2t@example.org", "commit", "-qm", "ran"]
-    for command in (["git", "init", "-q"], ["git", "add", "-A"], commit, ["git", "branch", "ablation-hot"]):
+    for command in (["git", "add", "-A"], commit, ["git", "branch", "ablation-hot"]):
         subprocess.run(command, cwd=tmp_path, check=True)
-    experiment = ablation.Experiment("hot", "evaluate@student", "models/teacher", {"+teachers.lessons": "more"})
+    changes = {"+teachers.lessons": "more"}
+    experiment = ablation.Experiment("hot", "evaluate@student", "distill", "models/teacher", changes)
     if fits:
         row = ablation.result(experiment, tmp_path)
         assert (row["retention"], row["started_from"]) == (pytest.approx(0.75), "one")

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from q2t import cli, tracking
 from q2t.evaluation.cost import peak_memory_mb
 from q2t.figures import figures_of
+from q2t.lockfile import read_result
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -319,6 +320,15 @@ def test_timings_are_added_to_the_pipeline_run_and_stages_say_what_they_took(run
     # The others never showed themselves here, as if DVC had restored them.
     assert stages == [{"stage": "distill", "minutes": 1.5, "peak_memory_mb": peak}]
     assert peak > 20
+
+
+def test_stages_of_an_experiment_took_what_their_newest_runs_did(runs, project):
+    client, _, first, _, _ = runs
+    stages = read_result(project, "hot").stages
+    distill = client.get_run(first["hot"]).data.tags["q2t.stage.distill"]
+    client.log_metric(distill, "seconds", 90.0)
+    assert tracking.minutes({"distill": stages["distill"]}, project) == 1.5
+    assert tracking.minutes({name: stages[name] for name in ("distill", "pose")}, project) is None  # it never ran live
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -27,17 +27,17 @@ def build(reports: Path, models: Iterable[str], *, resamples: int, confidence: f
     names = list(models)
     if TEACHER not in names:
         raise ValueError(f"evaluate.models: {names} has no {TEACHER!r} to compare with; add it")
-    verdicts = {name: _verdicts(reports / "answers" / f"{name}.jsonl") for name in names}
-    known = _by_family(verdicts[TEACHER])
+    answered = {name: verdicts(reports / "answers" / f"{name}.jsonl") for name in names}
+    known = by_family(answered[TEACHER])
     summary = {}
     for name in names:
-        if verdicts[name].keys() != verdicts[TEACHER].keys():
+        if answered[name].keys() != answered[TEACHER].keys():
             raise ValueError(
                 f"answers/{name}.jsonl: its problems are not the teacher's, so retention is undefined; "
                 "run dvc repro to evaluate both on one test split"
             )
         metrics = json.loads((reports / "metrics" / f"evaluate_{name}.json").read_text(encoding="utf-8"))
-        kept = _by_family(verdicts[name])
+        kept = by_family(answered[name])
         entry = {key: metrics[key] for key in ("accuracy", "interval", "parameters", "embedding_parameters")}
         entry |= {key: metrics.get(key) for key in ("bytes", "forgetting", "truncated")}
         entry["retention"] = retention(kept, known)
@@ -85,10 +85,10 @@ def markdown_table(summary: dict[str, Any]) -> str:
     """The models as a Markdown table."""
     lines = ["| Model | Accuracy | Retention | Parameters | Size |", "|:--|--:|--:|--:|--:|"]
     for name, model in measured(summary).items():
-        kept = "" if name == TEACHER else _estimate(model.get("retention"), model.get("retention_interval"))
+        kept = "" if name == TEACHER else estimate(model.get("retention"), model.get("retention_interval"))
         cells = [
             name,
-            _estimate(model["accuracy"], model["interval"]),
+            estimate(model["accuracy"], model["interval"]),
             kept or NOTHING,
             millions(model.get("parameters")),
             size(model.get("bytes")),
@@ -100,7 +100,7 @@ def markdown_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _estimate(value: float | None, interval: Sequence[float] | None) -> str:
+def estimate(value: float | None, interval: Sequence[float] | None) -> str:
     """A share with its interval in brackets, where it has one; "" for none."""
     if value is None:
         return ""
@@ -120,7 +120,7 @@ def _families(counted: Mapping[str, Mapping[str, int]], confidence: float) -> di
     }
 
 
-def _verdicts(answers: Path) -> dict[tuple[str, str], bool]:
+def verdicts(answers: Path) -> dict[tuple[str, str], bool]:
     """(family, problem id) to correct, for the target problems."""
     return {
         (row["family"], row["problem_id"]): bool(row["correct"])
@@ -129,9 +129,9 @@ def _verdicts(answers: Path) -> dict[tuple[str, str], bool]:
     }
 
 
-def _by_family(verdicts: dict[tuple[str, str], bool]) -> dict[str, list[bool]]:
+def by_family(found: dict[tuple[str, str], bool]) -> dict[str, list[bool]]:
     """Family to verdicts in the order of problem ids."""
     families: dict[str, list[bool]] = {}
-    for (family, _), correct in sorted(verdicts.items()):
+    for (family, _), correct in sorted(found.items()):
         families.setdefault(family, []).append(correct)
     return families
