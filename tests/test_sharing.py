@@ -1,7 +1,7 @@
 """What the README's section Pull says, on a small repository with this one's settings.
 
-Its remote is a folder, then servers on loopback: a bucket of an S3 server, which moto brings, and a folder of an SSH
-server, which asyncssh brings.
+Its remote is a folder, then servers on loopback: a bucket of an S3 server, which moto brings, a folder of an SSH
+server, which asyncssh brings, and one of an HTTP server, which aiohttp brings.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,18 @@ def endpoint():
 
 
 @pytest.fixture(scope="module")
-def ssh(tmp_path_factory):
+def loop():
+    """Where servers run, in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def ssh(tmp_path_factory, loop):
     """An SSH server with one user, whose password is `right`, and whose home has the known hosts; its port."""
     import asyncssh
 
@@ -101,9 +113,6 @@ def ssh(tmp_path_factory):
 
     storage, home = tmp_path_factory.mktemp("ssh"), tmp_path_factory.mktemp("home")
     key = asyncssh.generate_private_key("ssh-ed25519")
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
 
     async def start() -> asyncssh.SSHAcceptor:
         return await asyncssh.listen(
@@ -123,11 +132,39 @@ def ssh(tmp_path_factory):
         environment.delenv("SSH_AUTH_SOCK", raising=False)
         yield port
     loop.call_soon_threadsafe(server.close)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
 
 
-@pytest.fixture(scope="module", params=["folder", "s3", "ssh"])
+@pytest.fixture(scope="module")
+def http(tmp_path_factory, loop):
+    """A web server that reads and writes a folder for one user, whose password is `right`; its port."""
+    from aiohttp import web
+
+    storage, right = tmp_path_factory.mktemp("http"), f"Basic {b64encode(b'ada:right').decode()}"
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.headers.get("Authorization") != right:
+            return web.Response(status=401)
+        path = storage / request.path.removeprefix("/")
+        if request.method == "POST":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(await request.read())
+            return web.Response()
+        return web.FileResponse(path) if path.is_file() else web.Response(status=404)
+
+    async def start() -> web.AppRunner:
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", answer)
+        runner = web.AppRunner(application)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return runner
+
+    runner = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    yield runner.addresses[0][1]
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+
+
+@pytest.fixture(scope="module", params=["folder", "s3", "ssh", "http"])
 def remote(request, tmp_path_factory) -> tuple[str, dict[str, str]]:
     """The remote's URL, and its further settings as `dvc remote modify` names them."""
     if request.param == "folder":
@@ -135,6 +172,9 @@ def remote(request, tmp_path_factory) -> tuple[str, dict[str, str]]:
     if request.param == "ssh":
         settings = {"user": "ada", "password": "right"}
         return f"ssh://127.0.0.1:{request.getfixturevalue('ssh')}/srv/q2t", settings
+    if request.param == "http":
+        settings = {"auth": "basic", "user": "ada", "password": "right"}
+        return f"http://127.0.0.1:{request.getfixturevalue('http')}/srv/q2t", settings
     return "s3://bucket/q2t", {"endpointurl": request.getfixturevalue("endpoint")}
 
 
@@ -216,6 +256,12 @@ def test_wrong_credentials_are_refused(clone, run, user):
 def test_a_wrong_password_is_refused(clone, run):
     run(clone, "dvc", "remote", "modify", "--local", "storage", "password", "wrong")
     assert "failed to connect to ssh (/srv/q2t/files/md5)" in run(clone, "dvc", "pull", fails=True)
+
+
+@pytest.mark.parametrize("remote", ["http"], indirect=True)
+def test_with_a_wrong_password_a_web_server_seems_to_have_nothing(clone, run):
+    run(clone, "dvc", "remote", "modify", "--local", "storage", "password", "wrong")
+    assert "Missing cache files" in run(clone, "dvc", "pull", fails=True)
 
 
 @pytest.mark.parametrize("remote", ["s3"], indirect=True)
