@@ -33,8 +33,12 @@ BASIC = ("cross-entropy only", "default")
 
 TEACHER = "models/teacher"
 EARLIER = " †"
-"""Behind the name of a result that started from another model than dvc.lock has now."""
-FOOTNOTE = "† started from an earlier run's model; `make ablations` does it again from the present one."
+"""Behind the name of a result that started from another model than dvc.lock has now, or that changed something else
+than ablations.yaml says now."""
+FOOTNOTE = (
+    "† of an earlier run: from another model, which its retention is against too, or with other settings than "
+    "`q2t/ablations.yaml` has now. `make ablations` runs it again."
+)
 
 
 @dataclass(frozen=True)
@@ -80,21 +84,25 @@ def experiments(group: str | None = None) -> list[Experiment]:
 def run(names: Iterable[str] = (), root: Path = Path(".")) -> None:
     """Run these experiments, or all, one after another, and write reports/ablations/NAME.json for each.
 
+    A name may be the one of its file.
+
     One that fails stops no other. What DVC has in its cache is not computed again, so that a run that was
     interrupted goes on where it was.
 
     Raises:
         ValueError: an unknown name, experiments that fail, or another run that has not ended yet.
     """
-    known = {each.name: each for each in experiments()}
+    listed = experiments()
+    known = {name: each for each in listed for name in (each.name, each.slug)}
     if unknown := sorted(set(names) - set(known)):
-        raise ValueError(f"no ablation {unknown}: there are {', '.join(known)}")
+        raise ValueError(f"no ablation {unknown}: there are {', '.join(each.name for each in listed)}")
     lock = root / ".q2t/ablate.lock"
     lock.parent.mkdir(exist_ok=True)
     try:
         # DVC would let two run side by side, and they would take each other's checkpoints.
         with FileLock(lock, timeout=0):
-            failed = [name for name in names or known if not _succeeds(known[name], root)]
+            chosen = [known[name] for name in names] or listed
+            failed = [each.name for each in chosen if not _succeeds(each, root)]
     except Timeout:
         raise ValueError("another `q2t ablate` is running here: wait until it ends") from None
     if failed:
@@ -181,7 +189,7 @@ def _asked(stages: dict[str, Any], stage: str, own: set[str]) -> list[Any]:
 def controls(root: Path = Path(".")) -> str:
     """The table of what each part is worth, and a sentence on the spread; a sentence where nothing was run.
 
-    Here and in the other tables, EARLIER marks a result that started from a model that dvc.lock no longer has.
+    Here and in the other tables, EARLIER marks a result that another run than today's would not come to.
     """
     rows = _results("controls", root)
     spread = _groups()["controls"]["spread"]
@@ -246,7 +254,8 @@ def _results(group: str, root: Path) -> dict[str, Any]:
         path = root / RESULTS / f"{each.slug}.json"
         if path.is_file():
             row = json.loads(path.read_text(encoding="utf-8"))
-            found[each.name + ("" if row["started_from"] == present.get(each.model) else EARLIER)] = row
+            again = row["started_from"] == present.get(each.model) and row["changes"] == each.changes
+            found[each.name + ("" if again else EARLIER)] = row
     return found
 
 

@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         given.run(given)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"q2t: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ def apply(name: str, params: Path = Path("params.yaml"), profiles: Path = PROFIL
     Raises:
         ValueError: no such profile, an unknown key, or the result is not valid; `params` is left alone.
     """
-    from ruamel.yaml import YAML
+    from ruamel.yaml import YAML, YAMLError
     from ruamel.yaml.representer import RoundTripRepresenter
     from ruamel.yaml.util import load_yaml_guess_indent
 
@@ -41,7 +41,10 @@ def apply(name: str, params: Path = Path("params.yaml"), profiles: Path = PROFIL
     yaml = YAML()
     yaml.Representer = Representer
     yaml.preserve_quotes, yaml.width = True, 1000
-    tree, indent, offset = load_yaml_guess_indent(params.read_text(encoding="utf-8"), yaml=yaml)
+    try:
+        tree, indent, offset = load_yaml_guess_indent(params.read_text(encoding="utf-8"), yaml=yaml)
+    except YAMLError as error:
+        raise ValueError(f"{params} is no YAML: {error}") from None
     yaml.indent(sequence=indent, offset=offset)
     changed = merge(tree, yaml.load(profiles / f"{name}.yaml") or {}, profile=name)
 

@@ -107,14 +107,23 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(deleted, ignore_errors=True)
 
 
-def published(out: str) -> Path | None:
+def published(out: str, *, needed: bool) -> Path | None:
     """What dvc.lock's last run wrote as `out`, in DVC's cache; None if there was none or the cache hasn't it.
 
     DVC deletes an out before the stage runs, so this is where the stage finds what it wrote before.
+
+    Raises:
+        ValueError: it is needed, and only a remote can have it.
     """
     from q2t.lockfile import LOCK, cached, out_hashes, read_yaml
 
     lock = Path(LOCK)
     stages = read_yaml(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}
     md5 = out_hashes(stages).get(out)
-    return cached(md5) if md5 else None
+    found = cached(md5) if md5 else None
+    if md5 and not found and needed:
+        raise ValueError(
+            f"{LOCK} names {out}, which DVC's cache lacks, and its answers would be paid for again: "
+            f"`dvc pull {out}` first, or take its stage out of {LOCK} to ask anew"
+        )
+    return found

@@ -13,7 +13,7 @@ from q2t.tracking import stage_run
 def main() -> None:
     name = sys.argv[1]
     source = load().sources[name]
-    with stage_run("fetch"):
+    with stage_run(f"fetch@{name}"):
         fetch(name, source, Path("models/sources") / name, corpus=PROMPTS)
 
 

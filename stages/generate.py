@@ -30,7 +30,7 @@ def main() -> None:
         elif (folder / openai.POINTER).exists():
             # A server's answers cost money and never come twice the same: its journal outlives the run.
             journal = Journal(root() / f".q2t/generate/{name}.jsonl")
-            if (before := published(str(out))) is not None:
+            if before := published(str(out), needed=not journal.rows):
                 journal.seed(before)
             rows = openai.answers(problems, teacher, openai.load_pointer(folder), journal, name=name, seed=params.seed)
         else:

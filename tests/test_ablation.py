@@ -74,7 +74,7 @@ def write(root, group, **accuracies):
             accuracy = accuracies[each.slug.replace("-", "_")]
             row = {"rows": 7, "accuracy": accuracy, "interval": [0.2, 0.6], "retention": accuracy}
             row |= {"parameters": 2_000_000, "bytes": 8_000_000, "started_from": each.model}
-            row |= {"retention_interval": [0.3, 0.7], "minutes": 5.04}
+            row |= {"changes": each.changes, "retention_interval": [0.3, 0.7], "minutes": 5.04}
             path = root / "reports/ablations" / f"{each.slug}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(row))
@@ -104,6 +104,14 @@ def test_a_result_of_another_teacher_is_marked(tmp_path):
         "| cross-entropy only",
         "| default †",
     ]
+
+
+def test_a_result_of_other_settings_is_marked(tmp_path):
+    write(tmp_path, "controls", default=0.5)
+    path = tmp_path / "reports/ablations/default.json"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(row | {"changes": row["changes"] | {"filter.max_rows": 1}}))
+    assert "| default † |" in ablation.controls(tmp_path)
 
 
 @pytest.mark.parametrize("teachers, told", [(("another",), True), (("another", "one more"), False)])
@@ -285,6 +293,11 @@ def test_a_teacher_that_was_not_evaluated_as_the_student_is_refused(evaluated, t
     else:
         with pytest.raises(ValueError, match="evaluate@teacher was asked otherwise, or of another teacher: run `dvc"):
             ablation.result(experiment, tmp_path)
+
+
+def test_a_name_as_its_file_has_it(project):
+    ablation.run(["a-40"], root=project)
+    assert (project / "reports/ablations/a-40.json").is_file()
 
 
 def test_two_at_a_time_are_refused(project):

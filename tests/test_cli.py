@@ -190,6 +190,15 @@ def test_a_wrong_profile_is_one_clear_error_and_changes_nothing(here, capsys, te
     assert Path("params.yaml").read_text() == PARAMS and not list(here.glob("*.partial"))
 
 
+@pytest.mark.parametrize("arguments", [["profile", "tiny"], ["measure"]])
+def test_parameters_that_are_no_yaml_are_one_clear_error(here, capsys, arguments):
+    overlay("seed: 2")
+    capsys.readouterr()
+    Path("params.yaml").write_text("seed: [1\nlabel: {")
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("q2t: params.yaml is no YAML: while parsing")
+
+
 def test_an_unknown_profile_names_the_known_ones(here, capsys):
     overlay("seed: 2")
     assert cli.main(["profile", "tinny"]) == 2

@@ -54,6 +54,23 @@ def changed(tmp_path, change):
             "spans is for a teacher of another tokenizer",
         ),
         (lambda p: p["distill"].update(online={"teacher": "models/teacher"}), "nothing is learnt from this teacher"),
+        (
+            lambda p: p["distill"].update(online={"teacher": "models/teacher", "logits": True, "hidden_weight": 2.0}),
+            "hidden_weight has no effect without hidden",
+        ),
+        (
+            lambda p: p["distill"].update(online={"teacher": "models/teacher", "logits": True, "distance": "mse"}),
+            "distance has no effect without hidden",
+        ),
+        (lambda p: p["distill"].update(phases=[{"on_policy": OWN, "alpha": 0.5}]), "alpha has no effect on_policy"),
+        (
+            lambda p: p["distill"].update(domains=["target"], teacher_only=["general"]),
+            r"phase 1 has \['general'\] in teacher_only, and not in domains",
+        ),
+        (
+            lambda p: p["distill"].update(adapter={"kind": "lora", "modules": ["q_proj"]}, freeze=["model.*"]),
+            "freeze has no effect beside an adapter",
+        ),
         (lambda p: p["distill"].update(adapter={"kind": "ia3", "rank": 4, "modules": ["q_proj"]}), "ia3 has no rank"),
     ],
 )  # fmt: skip

@@ -1,6 +1,8 @@
 """The real thing: `dvc repro` of the smoke profile, in a temporary copy of the repository."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -69,9 +71,16 @@ def test_what_was_generated_before_is_found_when_its_out_is_deleted(first):
     out = "data/generations/expert.jsonl"
     written = (first / out).read_bytes()
     (first / out).unlink()
-    script = f"import sys; from q2t.stage import published; sys.stdout.write(published({out!r}).read_text())"
+    script = (
+        f"import sys; from q2t.stage import published; sys.stdout.write(published({out!r}, needed=False).read_text())"
+    )
     try:
         assert run(first, "python", "-c", script).encode() == written
+        bare = (
+            f"from q2t import lockfile, stage; lockfile.cached = lambda *_: None; stage.published({out!r}, needed=True)"
+        )
+        done = subprocess.run([sys.executable, "-c", bare], cwd=first, capture_output=True, text=True)
+        assert f"its answers would be paid for again: `dvc pull {out}` first" in done.stderr
     finally:
         (first / out).write_bytes(written)
 

@@ -18,7 +18,7 @@ from q2t.config import load
 
 ROOT = Path(__file__).resolve().parents[1]
 # Their effect is in the tracked parameters, or in nothing that a stage writes for another one.
-EXEMPT = {"q2t/config/__init__.py", "q2t/config/training.py", "q2t/tracking.py", "q2t/quality.py", "q2t/stage.py"}
+EXEMPT = {"q2t/config/__init__.py", "q2t/config/training.py", "q2t/tracking.py", "q2t/stage.py"}
 
 
 def git(*arguments: str, stdin: str = "") -> list[str]:

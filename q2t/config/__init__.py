@@ -270,11 +270,15 @@ def load(path: Path = PARAMS) -> Params:
     """Read and check params.yaml.
 
     Raises:
-        ValueError: names every wrong key with its section and, for an unknown key, the nearest valid one.
+        ValueError: names every wrong key with its section and, for an unknown key, the nearest valid one; or the place
+            that is no YAML.
     """
-    from ruamel.yaml import YAML
+    from ruamel.yaml import YAML, YAMLError
 
-    raw = YAML(typ="safe").load(path)
+    try:
+        raw = YAML(typ="safe").load(path)
+    except YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
     try:
         return Params.model_validate(raw)
     except ValidationError as error:

@@ -79,6 +79,10 @@ class Online(Section):
                 "spans is for a teacher of another tokenizer, whose logits, hidden states and attention maps belong to "
                 "other tokens: leave out spans, or these"
             )
+        needs = {key: key.removesuffix("_weight") for key in ("hidden_weight", "attention_weight", "spans_weight")}
+        for key, loss in (needs | {"distance": "hidden"}).items():
+            if key in self.model_fields_set and not getattr(self, loss):
+                raise ValueError(f"{key} has no effect without {loss}: leave it out")
         return self
 
 
@@ -118,6 +122,12 @@ class Phase(Section):
     """False leaves the section's online teacher out."""
     on_policy: OnPolicy | Literal[False] | None = None
     """False leaves the section's out: the phase learns from the rows' own answers."""
+
+    @model_validator(mode="after")
+    def _own_answers_have_no_task_loss(self) -> "Phase":
+        if self.on_policy and self.alpha is not None:
+            raise ValueError("alpha has no effect on_policy, where the teacher's word is all there is: leave it out")
+        return self
 
 
 class Distill(Optimizer):
@@ -164,7 +174,11 @@ class Distill(Optimizer):
 
     @model_validator(mode="after")
     def _phases_fit_their_teachers(self) -> "Distill":
+        if self.adapter and self.freeze:
+            raise ValueError("freeze has no effect beside an adapter, which trains nothing else: leave one of them out")
         for number, phase in enumerate(self.in_phases(), 1):
+            if unknown := sorted(set(phase.teacher_only) - set(phase.domains)):
+                raise ValueError(f"phase {number} has {unknown} in teacher_only, and not in domains: no row is of it")
             if phase.online and phase.on_policy:
                 raise ValueError(
                     f"phase {number} is on_policy and has an online teacher, which knows the rows' own answers only: "

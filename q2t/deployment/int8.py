@@ -43,6 +43,10 @@ RECIPES = (Recipe("weight only, blocks of 64", 64), Recipe("weight only, blocks 
 """Small to careful."""
 
 
+MAXIMUM_WEIGHTS = onnx.checker.MAXIMUM_PROTOBUF - 2**26
+"""Bytes of weights that fit into a graph's own file: protobuf's limit, less room for the graph."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """What one recipe came to."""
@@ -58,8 +62,8 @@ def quantize(folder: Path, target: Path, recipe: Recipe) -> None:
     with publishing(target) as partial:
         model = onnx.load(folder / ONNX_FILE)
         _quantize(model, recipe.block)
-        # Past 2 GB, protobuf's limit, weights lie in a file of their own beside the graph.
-        apart = model.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF
+        # Otherwise in a file of their own. Counted here, since protobuf's ByteSize fails past its limit.
+        apart = sum(len(tensor.raw_data) for tensor in model.graph.initializer) >= MAXIMUM_WEIGHTS
         onnx.save(model, partial / ONNX_FILE, save_as_external_data=apart, location=f"{ONNX_FILE}.data")
         copy_settings(folder, partial)
 

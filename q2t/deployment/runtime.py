@@ -124,6 +124,8 @@ class Runtime:
 
     def __init__(self, folder: Path, compute: Compute) -> None:
         self.tokenizer = load_tokenizer(folder)
+        pad = self.tokenizer.pad_token_id
+        self.pad = self.tokenizer.eos_token_id if pad is None else pad  # what is masked may be any token
         self.engine = (OnnxEngine if (folder / ONNX_FILE).exists() else TorchEngine)(folder, compute)
 
     def prompt(self, question: str, system: str = "") -> str:
@@ -261,7 +263,7 @@ class Runtime:
         """Append tokens to every row of a cache, padded on the left; as `_prefill`."""
         length = max(map(len, ids))
         room = [length - len(row) for row in ids]
-        padded = torch.tensor([[self.tokenizer.pad_token_id] * n + row for n, row in zip(room, ids, strict=True)])
+        padded = torch.tensor([[self.pad] * n + row for n, row in zip(room, ids, strict=True)])
         written = torch.tensor([[0] * n + [1] * (length - n) for n in room])
         mask = torch.cat([mask, written], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -38,7 +38,7 @@ def learn(
         ValueError: as `train`, `OnlineTeacher` and `Sampler`.
     """
     seed, in_phases = settings.seed, settings.in_phases()
-    sampler = Sampler(tokenizer, to_student, examples, seed=seed, compute=compute)
+    sampler = Sampler(tokenizer, to_student, examples, seed=seed, compute=compute, systems=systems)
     for phase in in_phases:
         if phase.on_policy:
             sampler.teacher_map(phase.on_policy)

@@ -191,16 +191,22 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], groups:
     """
     values = []
     for ours, theirs in zip(student, teacher, strict=True):
-        q, p = _log_of_groups(ours, groups), _log_of_groups(theirs, groups)
+        # Where a sliding window of the student's ends, it can learn nothing: the teacher's distribution over the rest.
+        seen = _of_groups(ours, groups) > 0
+        q, p = (_log_of_groups(maps, groups, seen) for maps in (ours, theirs))
         values.append((p.exp() * (p - q)).sum(2).mean(1))
     return _mean_over_pairs(values)
 
 
-def _log_of_groups(maps: Tensor, groups: int) -> Tensor:
+def _of_groups(maps: Tensor, groups: int) -> Tensor:
+    """[tokens, groups, length]: the mean of each group's heads."""
+    return _exact(maps).unflatten(1, (groups, -1)).mean(2)
+
+
+def _log_of_groups(maps: Tensor, groups: int, seen: Tensor) -> Tensor:
     """[tokens, groups, length]. Renormalised, for maps in bfloat16 don't sum to 1 and KL could be negative."""
-    merged = _exact(maps).unflatten(1, (groups, -1)).mean(2)
-    # Positions behind the token, and those outside a sliding window, have probability 0.
-    merged = merged.clamp(min=torch.finfo(merged.dtype).tiny)
+    merged = _of_groups(maps, groups) * seen
+    merged = merged.clamp(min=torch.finfo(merged.dtype).tiny)  # behind the token too, where both are 0
     return (merged / merged.sum(2, keepdim=True)).log()
 
 

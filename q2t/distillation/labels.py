@@ -53,12 +53,12 @@ def label(
     import torch
     from tqdm import tqdm
 
-    from q2t.distillation.batches import collate, predicting_states
+    from q2t.distillation.batches import collate, output_head, predicting_states
 
     plain = encode(tokenizer, examples)
     rows = encode(tokenizer, examples, systems) if systems else plain
     student_rows = encode(student_tokenizer, examples)
-    head = model.get_output_embeddings().weight
+    head = output_head(model)
     device = head.device
     to_student = torch.arange(len(head)) if to_student is None else to_student.cpu()
     to_student = cover(to_student, tokenizer)

@@ -51,7 +51,7 @@ class Objective(nn.Module):
             settings: of the phase; the teacher is asked if they have `online`.
             scales: factors on the terms, beside their weights.
         """
-        head = self.student.get_output_embeddings().weight
+        head = batches.output_head(self.student)
         batch = batches.collate(micro).to(head.device)
         teacher = self.teacher if settings.online else None
         if teacher:

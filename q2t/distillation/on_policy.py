@@ -8,7 +8,7 @@ import copy
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from q2t.deployment.runtime import Request, load
 from q2t.distillation.adapters import merge
 from q2t.distillation.alignment import difference
 from q2t.distillation.labels import cover, label
-from q2t.distillation.rows import Row, encode
+from q2t.distillation.rows import NO_SYSTEMS, Row, encode
 from q2t.records import Completion, Example, content_id
 from q2t.sources import load_model, load_tokenizer, save_model
 from q2t.teachers.journal import Journal
@@ -36,18 +36,27 @@ class Sampler:
     """Asks the student, then the teacher."""
 
     def __init__(
-        self, tokenizer: Any, to_student: Sequence[int], examples: Sequence[Example], *, seed: int, compute: Compute
+        self,
+        tokenizer: Any,
+        to_student: Sequence[int],
+        examples: Sequence[Example],
+        *,
+        seed: int,
+        compute: Compute,
+        systems: Mapping[str, str] = NO_SYSTEMS,
     ) -> None:
         """Args:
         tokenizer: the student's.
         to_student: [teacher vocabulary], student id or -1.
         examples: of the training rows: their questions.
+        systems: as for `rows.encode`: what the teacher is told before a question, as the row's writer was.
         """
         self.tokenizer = tokenizer
         self.to_student = torch.tensor(to_student)
         self.examples = {example.id: example for example in examples}
         self.seed = seed
         self.compute = compute
+        self.systems = systems
 
     def __call__(self, model: Any, rows: Sequence[Row], settings: OnPolicy, phase: int, journal: Path) -> list[Row]:
         """One labelled answer to each question of the rows, in the order and with the weight of its first row.
@@ -85,6 +94,7 @@ class Sampler:
             batch_size=settings.batch_size,
             to_student=to_student,
             student_tokenizer=self.tokenizer,
+            systems=self.systems,
         )
 
     def teacher_map(self, settings: OnPolicy) -> tuple[Any, torch.Tensor]:

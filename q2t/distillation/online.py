@@ -11,7 +11,7 @@ from torch import Tensor
 from q2t.config import Compute, Online
 from q2t.distillation import features, span_losses
 from q2t.distillation.alignment import Vocabulary, align_rows, same_vocabulary
-from q2t.distillation.batches import Batch, collate
+from q2t.distillation.batches import Batch, collate, output_head
 from q2t.distillation.losses import Whole, chunk_size
 from q2t.distillation.rows import NO_SYSTEMS, Row, encode
 from q2t.distillation.weighting import EVEN, Scales
@@ -68,9 +68,15 @@ class OnlineTeacher:
                 the teacher reads rows of its own.
 
         Raises:
-            ValueError: no model folder, a layer that a model doesn't have, tokens that don't fit the loss, or a row
-                whose text a tokenizer changes.
+            ValueError: no model folder, a layer that a model doesn't have, tokens that don't fit the loss, a row
+                whose text a tokenizer changes, or a row whose writer was told more than the student reads.
         """
+        told = sorted({example.teacher for example in examples if systems.get(example.teacher)})
+        if told and not settings.spans:
+            raise ValueError(
+                f"online: {told[0]} answered behind its `system` prompt, which the teacher beside would not see: it "
+                "reads the student's own rows. Learn from stored labels, which have the prompt"
+            )
         folder = Path(settings.teacher)
         self.settings = settings
         try:
@@ -124,7 +130,7 @@ class OnlineTeacher:
             return None
         last = asked.states.last
         if self.head is None or self.head.device != last.device:
-            self.head = self.model.get_output_embeddings().weight[self.ids.to(last.device)]
+            self.head = output_head(self.model)[self.ids.to(last.device)]
         return Whole(last, self.head)
 
     def loss(
@@ -155,7 +161,7 @@ class OnlineTeacher:
             terms = _with(terms, "attention", values, batch.weights, settings.attention_weight * scales.attention)
         if settings.spans:
             spans = align_rows(rows, teacher_rows, *self.vocabularies).to(batch.input_ids.device)
-            heads = [model.get_output_embeddings().weight for model in (student, self.model)]
+            heads = [output_head(model) for model in (student, self.model)]
             ours = span_losses.Predictions(states.last, heads[0], batch.targets)
             teacher = span_losses.Predictions(theirs.last, heads[1], teacher_batch.targets)
             chunk = chunk_size(*heads)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import httpx
@@ -31,8 +32,14 @@ LONGEST_WAIT = 300.0
 """Seconds of Retry-After that are obeyed."""
 TIMEOUT = httpx.Timeout(600, connect=20)
 """Seconds; those of OpenAI's own client, with a shorter one to connect."""
+NOT_ASKED = "not asked any more"
 LONGEST_LIST = 20
 """Failed answers that an error message names."""
+FINISHED: dict[str, Literal["stop", "length"]] = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop"),
+    **dict.fromkeys(("length", "max_tokens"), "length"),
+}
+"""What servers say of an answer that ended by itself or was cut; other reasons, a content filter's, leave none."""
 
 
 class Pointer(Section):
@@ -60,7 +67,7 @@ class Transient(Failed):
 
 
 class Refused(Failed):
-    """The server refuses every request alike (wrong key, model or address): the rest need not be asked."""
+    """The server treats every request alike (wrong key, model or address, no usage): the rest need not be asked."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +106,12 @@ def answers(
     the journal as it arrives. The request's `seed` is drawn from the key: each sample has its own.
 
     Raises:
-        ValueError: no API key, or some answers failed; all others are in the journal.
+        ValueError: a system prompt that the endpoint would not get, no API key, or some answers failed; all others are
+            in the journal.
         OSError: the journal could not be written; nothing more is asked.
     """
+    if teacher.system:
+        raise ValueError(f"teachers.{name}.system is for a model folder: put it into {teacher.model}/{POINTER}")
     wanted = [
         _question(problem, sample, teacher, pointer, name, seed)
         for problem in problems
@@ -140,6 +150,11 @@ def _secret(pointer: Pointer) -> str:
             f"api_key_env: the environment variable {pointer.api_key_env} is empty; put the key for "
             f"{pointer.base_url} into it"
         )
+    if not re.fullmatch(r"[!-~]+", secret):
+        raise ValueError(
+            f"api_key_env: the environment variable {pointer.api_key_env} holds a space, a line break or a character "
+            "that no header takes: put the key alone into it"
+        )
     return secret
 
 
@@ -153,9 +168,14 @@ def _ask_all(
 ) -> list[tuple[_Question, str]]:
     """Ask and journal; what failed, and why."""
     failed = []
+    stop = Event()
 
     def answer(question: _Question) -> None:
-        said = _ask(question, client, teacher, pointer)
+        try:
+            said = _ask(question, client, teacher, pointer, stop)
+        except Refused:
+            stop.set()
+            raise
         journal.append(
             [
                 Completion(
@@ -176,20 +196,27 @@ def _ask_all(
             try:
                 future.result()
             except CancelledError:
-                failed.append((asked[future], "not asked any more"))
+                failed.append((asked[future], NOT_ASKED))
             except Failed as error:
                 failed.append((asked[future], str(error)))
                 if isinstance(error, Refused):
                     for other in asked:
                         other.cancel()
     finally:
-        # After an interrupt or a full disk nothing more is asked; what is under way still gets journalled.
+        # After an interrupt or a full disk nothing is asked again; what is under way still gets journalled.
+        stop.set()
         pool.shutdown(cancel_futures=True)
     return failed
 
 
-def _ask(question: _Question, client: httpx.Client, teacher: Teacher, pointer: Pointer) -> dict[str, Any]:
-    """Text, finish reason and token counts of one answer, after ATTEMPTS attempts at most."""
+def _ask(question: _Question, client: httpx.Client, teacher: Teacher, pointer: Pointer, stop: Event) -> dict[str, Any]:
+    """Text, finish reason and token counts of one answer, after ATTEMPTS attempts at most; none once `stop` is set."""
+
+    def pause(seconds: float) -> None:
+        if stop.wait(seconds):
+            raise Failed(NOT_ASKED)
+
+    pause(0)
     messages = [{"role": "user", "content": question.problem.question}]
     if pointer.system:
         messages.insert(0, {"role": "system", "content": pointer.system})
@@ -202,7 +229,11 @@ def _ask(question: _Question, client: httpx.Client, teacher: Teacher, pointer: P
         "seed": int(question.key, 16) % 2**31,
     }
     retrying = Retrying(
-        retry=retry_if_exception_type(Transient), stop=stop_after_attempt(ATTEMPTS), wait=_wait, reraise=True
+        retry=retry_if_exception_type(Transient),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=_wait,
+        sleep=pause,
+        reraise=True,
     )
     return retrying(_attempt, client, request, question.problem.domain == "target")
 
@@ -213,7 +244,7 @@ def _attempt(client: httpx.Client, request: dict[str, Any], target: bool) -> dic
     except httpx.RequestError as error:
         raise Transient(f"{type(error).__name__}: {error}") from None
     if not reply.is_success:
-        message = f"HTTP {reply.status_code}: {reply.text[:200]}"
+        message = f"HTTP {reply.status_code}: {_said(reply)}"
         if reply.status_code in (401, 403, 404):
             raise Refused(message)
         if reply.status_code in (408, 429) or reply.status_code >= 500:
@@ -221,15 +252,22 @@ def _attempt(client: httpx.Client, request: dict[str, Any], target: bool) -> dic
         raise Failed(message)
     try:
         body = reply.json()
-        choice, usage = body["choices"][0], body["usage"]
-        return {
+        choice = body["choices"][0]
+        said = {
             "text": _text(choice["message"], target),
             "finish_reason": _finish_reason(choice["finish_reason"]),
-            "prompt_tokens": int(usage["prompt_tokens"]),
-            "completion_tokens": int(usage["completion_tokens"]),
         }
+        if not body.get("usage"):  # nor will it with the next answer, which costs as much
+            raise Refused(f"a chat completion without usage, the counts of its tokens: {_said(reply)}")
+        return said | {key: int(body["usage"][key]) for key in ("prompt_tokens", "completion_tokens")}
     except (ValueError, LookupError, TypeError, AttributeError):  # cut off, or an error under HTTP 200
-        raise Transient(f"no chat completion with usage: {reply.text[:200]}") from None
+        raise Transient(f"no chat completion with usage: {_said(reply)}") from None
+
+
+def _said(reply: httpx.Response) -> str:
+    """How a server's message begins; the key, which servers like to echo, is taken out before it is cut."""
+    secret = reply.request.headers.get("Authorization", "").removeprefix("Bearer ")
+    return (reply.text.replace(secret, "***") if secret else reply.text)[:200]
 
 
 def _text(message: dict[str, Any], target: bool) -> str:
@@ -242,9 +280,9 @@ def _text(message: dict[str, Any], target: bool) -> str:
 
 
 def _finish_reason(reason: Any) -> Literal["stop", "length"]:
-    if reason not in ("stop", "length"):
+    if reason not in FINISHED:
         raise Failed(f"finish_reason {reason!r}")
-    return reason
+    return FINISHED[reason]
 
 
 def _retry_after(reply: httpx.Response) -> float | None:
@@ -262,7 +300,7 @@ def _wait(state: RetryCallState) -> float:
 
 
 def _report(failed: list[tuple[_Question, str]], asked: int, name: str) -> str:
-    failed.sort(key=lambda item: (item[1] == "not asked any more", item[0].problem.id, item[0].sample))
+    failed.sort(key=lambda item: (item[1] == NOT_ASKED, item[0].problem.id, item[0].sample))
     lines = [
         f"  {question.problem.id} sample {question.sample} (answer {question.key}): {why}"
         for question, why in failed[:LONGEST_LIST]

@@ -65,6 +65,14 @@ def test_a_wrong_answer_is_wrong(family):
                 right = name == problem.check["expected"]
                 assert verify(problem, name).correct == verify(problem, letter).correct == right
             assert verify(problem, "D").rule == verify(problem, "A or B").rule == "not_a_candidate"
+            names = problem.check["candidates"]
+            right = names.index(problem.check["expected"])
+            letter, other = "ABC"[right], names[right - 1]
+            listed = (f"{letter} {names[right]}", f"{letter}: {names[right]}.")
+            for said in (letter.lower(), f"({letter})", f"{letter}.", *listed):
+                assert verify(problem, said).correct, said
+            # The letter of one and the name of another is no choice.
+            assert verify(problem, f"{letter} {other}").rule == "not_a_candidate"
         else:
             right = problem.check["expected"]
             for factor in (0.97, 1.03, 10, 0.1, -1):

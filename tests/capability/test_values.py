@@ -26,13 +26,33 @@ def test_e24_is_that_of_the_standard():
         ("10 kΩ", "ohm", 10_000),
         ("16.9e-9 F", "F", 16.9e-9),
         ("16.9 nF", "F", 16.9e-9),
+        ("560R", "ohm", 560),
+        ("560 R", "ohm", 560),
+        ("0.56 kOhm", "ohm", 560),
+        ("47 k Ω", "ohm", 47_000),
+        ("4,700 ohm", "ohm", 4700),
+        ("1.5e4", "ohm", 15_000),
+        ("5.6e-1 kohm", "ohm", 560),
+        ("-47k", "ohm", -47_000),
+        ("0.53 nf", "F", 0.53e-9),
+        ("0.00000000053 farads", "F", 0.53e-9),
+        ("530f", "F", 530),
+        ("5 mA", "A", 0.005),
+        ("2.5M", "ohm", 2.5e6),
+        ("2.5m", "ohm", 2.5e-3),
     ],
 )
 def test_what_engineers_write_is_read(text, unit, value):
     assert parse(text, unit) == pytest.approx(value, rel=1e-12)
 
 
-@pytest.mark.parametrize("text", ["", "ohm", "about 5", "5 F", "1k or 2k", "inf ohm", "nan ohm", "-", "5 V"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "ohm", "about 5", "5 F", "1k or 2k", "inf ohm", "nan ohm", "-", "5 V", "1e999 ohm", "5 kk"),
+        *("4,7k ohm", "5,60 ohm", "560 ohm -- or 680 ohm", "560 ohm # no, 680", "1 ohm = 560 ohm", "R = 560"),
+    ],
+)
 def test_what_is_no_single_resistance_is_refused(text):
     with pytest.raises(ValueError, match="quantity"):
         parse(text, "ohm")

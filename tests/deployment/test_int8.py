@@ -122,3 +122,13 @@ def test_the_gate_fails_with_the_figures_of_all(folder, tmp_path):
     assert all(recipe.name in text for recipe in RECIPES)
     assert all(figure in text for figure in ("0.1100", "0.2200", "0.8000", "0.7600", " MB"))
     assert [path.name for path in tmp_path.rglob("*")] == ["int8", "kept"]
+
+
+def test_weights_past_the_limit_of_a_graph_lie_beside_it(folder, tmp_path, monkeypatch):
+    """As those of a model of billions, for which protobuf can't even count its bytes."""
+    quantize(folder, tmp_path / "one", RECIPES[0])
+    monkeypatch.setattr("q2t.deployment.int8.MAXIMUM_WEIGHTS", 10_000)
+    quantize(folder, tmp_path / "two", RECIPES[0])
+    graph, weights = (tmp_path / "two" / name for name in (ONNX_FILE, f"{ONNX_FILE}.data"))
+    assert weights.stat().st_size > 10_000 and graph.stat().st_size < (tmp_path / "one" / ONNX_FILE).stat().st_size / 2
+    assert torch.equal(logits(tmp_path / "one"), logits(tmp_path / "two"))

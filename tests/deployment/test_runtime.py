@@ -5,7 +5,7 @@ import torch
 
 from q2t.config import Compute, Scratch, Source
 from q2t.deployment.runtime import NUCLEUS, Request, TorchEngine, load, sample
-from q2t.sources import fetch, load_model
+from q2t.sources import fetch, load_model, load_tokenizer, save_model
 
 COMPUTE = Compute(threads=1, dtype="float32", device="cpu")
 SHAPE = Scratch(vocabulary=300, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2)
@@ -168,3 +168,13 @@ def test_sampling_a_large_vocabulary_is_sampling_all_of_it_in_order(top_p):
     # By their logits, since two tokens of nearly one probability may change places.
     torch.testing.assert_close(*(logits.gather(-1, t[:, None]) for t in (found, expected)), rtol=1e-5, atol=0)
     assert top_p < 1 or not passed[:, :NUCLEUS].any(-1).all()  # some lie beyond the first
+
+
+def test_a_tokenizer_without_a_padding_token_answers_the_same(folder, tmp_path):
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    tokenizer.pad_token = None
+    save_model(model, tokenizer, tmp_path / "bare")
+    bare, whole = load(tmp_path / "bare", COMPUTE), load(folder, COMPUTE)
+    assert bare.tokenizer.pad_token_id is None
+    requests = [Request(whole.prompt(question)) for question in QUESTIONS]  # of unequal lengths
+    assert answers(bare, requests) == answers(whole, requests)

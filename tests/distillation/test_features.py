@@ -1,5 +1,6 @@
 """Feature losses on tiny models: what counts, what is 0, and what is refused."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -163,6 +164,14 @@ def test_attention_value_is_the_kl_of_group_means_by_hand():
     expected = 0.75 * torch.tensor(1.5).log() + 0.25 * torch.tensor(0.5).log()
     torch.testing.assert_close(attention_loss([ours], [theirs], 1), expected[None])
     torch.testing.assert_close(attention_loss([ours, theirs[:, 1:]], [theirs, ours], 1), expected[None] / 2)
+
+
+def test_what_a_sliding_window_hides_is_no_loss():
+    """The student sees two of four positions: it learns the teacher's shares of these, and the rest can't be learnt."""
+    student = torch.tensor([[[0.0, 0.0, 0.5, 0.5]]])
+    teacher = torch.tensor([[[0.4, 0.2, 0.3, 0.1]]])
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert float(attention_loss([student], [teacher], 1)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_rounded_attention_gives_no_negative_kl():

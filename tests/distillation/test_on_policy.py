@@ -70,8 +70,10 @@ def sampler_of(tokenizer: Any, examples: Any, compute: Any, tmp_path: Path) -> A
         def __call__(self, *given: Any, journal: Path | None = None) -> list[Row]:
             return super().__call__(*given, journal=journal or next(journals))
 
-    def make(to_student: Any = (2, 1, 0, *range(3, VOCABULARY)), seed: int = 3, given: Any = None) -> Asking:
-        return Asking(tokenizer(), to_student, given or examples(QUESTIONS), seed=seed, compute=compute)
+    swapped = (2, 1, 0, *range(3, VOCABULARY))
+
+    def make(to_student: Any = swapped, seed: int = 3, given: Any = None, **more: Any) -> Asking:
+        return Asking(tokenizer(), to_student, given or examples(QUESTIONS), seed=seed, compute=compute, **more)
 
     return make
 
@@ -271,3 +273,12 @@ def test_what_a_phase_needs_is_known_before_it_begins(sampler_of: Any, settings_
         sampler_of().teacher_map(settings_of(teacher="nowhere"))
     with pytest.raises(ValueError, match=f"on_policy.top_k is 900, but the student knows {VOCABULARY} tokens"):
         sampler_of().teacher_map(settings_of(top_k=900))
+
+
+def test_the_teacher_is_told_what_the_writer_of_the_row_was(
+    sampler_of: Any, settings_of: Any, student: Any, asked: Any
+) -> None:
+    plain = sampler_of()(student(), asked, settings_of(), 4)
+    told = sampler_of(systems={"t": "Answer in letters."})(student(), asked, settings_of(), 4)
+    assert [row.input_ids.tolist() for row in told] == [row.input_ids.tolist() for row in plain]  # the student is not
+    assert not any(np.array_equal(a.top_logprobs, b.top_logprobs) for a, b in zip(plain, told, strict=True))

@@ -157,7 +157,7 @@ def test_each_term_counts_by_its_weight_and_the_rows(
     beside: Any, given: Any, tokenizer: Any, settings: Any, accelerator: Any
 ) -> None:
     student = network(0)
-    weights = {"hidden_weight": 0.25, "attention_weight": 3.0, "spans_weight": 0.5}
+    weights = {"hidden_weight": 0.25, "attention_weight": 3.0} if "hidden" in given else {"spans_weight": 0.5}
     teacher, rows = beside(network(1), student, tokenizer(ORDER) if "spans" in given else None, **given, **weights)
     alone = [gradients(student, teacher, [[row]], settings, accelerator)[0] for row in rows]
     together, _ = gradients(student, teacher, [rows], settings, accelerator)
@@ -422,3 +422,13 @@ def test_a_text_that_the_teacher_reads_otherwise_is_refused_before_training(besi
     theirs.backend_tokenizer.normalizer = normalizers.Replace("k ohm", "kohm")
     with pytest.raises(ValueError, match="row e0: from byte .* the student's tokens spell .* online.spans"):
         beside(network(1), network(0), theirs, spans="matched")
+
+
+def test_a_system_prompt_that_the_teacher_beside_would_not_see_is_refused(
+    tokenizer: Any, examples: Any, compute: Any, tmp_path: Path
+) -> None:
+    save_model(network(1), tokenizer(), tmp_path / "teacher")
+    given, settings = examples(4), Online(teacher=str(tmp_path / "teacher"), logits=True)
+    rows = encode(tokenizer(), given)
+    with pytest.raises(ValueError, match="t answered behind its `system` prompt"):
+        OnlineTeacher(settings, network(0), tokenizer(), rows, given, seed=0, compute=compute, systems={"t": "Hear."})

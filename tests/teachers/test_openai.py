@@ -269,6 +269,44 @@ def test_a_refusal_stops_the_asking_and_does_not_tell_the_key(
     assert "and 180 more" in str(caught.value)
 
 
+def test_a_key_that_straddles_the_end_of_the_message_is_not_told(server: Server, journal: Journal) -> None:
+    server.script = lambda request, attempt: (401, {}, b"x" * 190 + SECRET.encode())
+    with pytest.raises(ValueError, match="HTTP 401") as caught:
+        ask(server, journal, PROBLEMS[:1])
+    assert SECRET[:6] not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk one", "sk-ключ"])
+def test_a_key_that_no_header_takes_is_refused_and_not_told(
+    server: Server, journal: Journal, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPERT_KEY", key)
+    with pytest.raises(ValueError, match="EXPERT_KEY holds a space") as caught:
+        ask(server, journal, PROBLEMS[:1])
+    assert "sk" not in str(caught.value) and not server.requests
+
+
+def test_a_server_that_counts_no_tokens_is_paid_once(server: Server, journal: Journal) -> None:
+    _, _, body = chat("a")
+    without = json.dumps({key: value for key, value in json.loads(body).items() if key != "usage"}).encode()
+    server.script = lambda request, attempt: (200, {}, without)
+    with pytest.raises(ValueError, match="without usage"):
+        ask(server, journal, batch_size=1)
+    assert len(server.requests) == 1
+
+
+def test_a_system_prompt_that_the_endpoint_would_not_get_is_refused(server: Server, journal: Journal) -> None:
+    teacher = Teacher(
+        model="models/pointer", prompts="questions", samples=1, temperature=0.7, top_p=0.9, max_new_tokens=64,
+        batch_size=4, system="Answer in tags."
+    )  # fmt: skip
+    pointer = Pointer(base_url=server.url, model="big")
+    with pytest.raises(
+        ValueError, match=r"teachers.expert.system is for a model folder: .*models/pointer/pointer.json"
+    ):
+        answers(PROBLEMS, teacher, pointer, journal, name="expert", seed=1)
+
+
 def test_no_more_requests_at_once_than_asked_for(server: Server, journal: Journal) -> None:
     def slow(request: dict[str, Any], attempt: int) -> Reply:
         time.sleep(0.02)
@@ -301,9 +339,32 @@ def test_a_full_disk_stops_the_asking(server: Server, journal: Journal, monkeypa
     assert len(server.requests) < 50
 
 
+def test_after_a_full_disk_no_failed_answer_is_asked_again(
+    server: Server, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_only(request: dict[str, Any], attempt: int) -> Reply:
+        if request["messages"][-1]["content"] == "question 0":
+            time.sleep(0.1)  # until the others wait for another attempt
+            return chat("a")
+        return error(503, Retry_After="30")
+
+    def full(rows: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    server.script = first_only
+    monkeypatch.setattr(journal, "append", full)
+    start = time.monotonic()
+    with pytest.raises(OSError, match="No space left"):
+        ask(server, journal, PROBLEMS[:4])
+    assert time.monotonic() - start < 10
+    assert len(server.requests) == 4
+
+
 def test_finish_reasons(server: Server, journal: Journal) -> None:
     server.script = lambda request, attempt: chat("half an ans", "length")
     assert ask(server, journal, PROBLEMS[:1])[0].finish_reason == "length"
+    server.script = lambda request, attempt: chat("an answer", "end_turn")
+    assert ask(server, journal, PROBLEMS[2:3])[0].finish_reason == "stop"
     server.script = lambda request, attempt: chat("", "content_filter")
     with pytest.raises(ValueError, match="finish_reason 'content_filter'"):
         ask(server, journal, PROBLEMS[1:2])

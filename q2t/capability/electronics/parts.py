@@ -1,6 +1,7 @@
 """Choosing a part from a closed list of real ones: MOSFET and linear regulator."""
 
 import random
+import re
 from typing import Any, ClassVar
 
 from q2t.capability.electronics.catalog import Part
@@ -120,11 +121,18 @@ class Selection(Family):
     @staticmethod
     def verify(problem: Problem, answer: str) -> Verdict:
         spec: dict[str, Any] = problem.check
-        name = dict(zip(LETTERS, spec["candidates"], strict=True)).get(answer.strip(), answer.strip())
-        if name not in spec["candidates"]:
-            return Verdict(correct=False, rule="not_a_candidate", measured=name[:80])
+        names = dict(zip(LETTERS, spec["candidates"], strict=True))
+        name = next((name for letter, name in names.items() if _names(answer, letter, name)), None)
+        if name is None:
+            return Verdict(correct=False, rule="not_a_candidate", measured=answer.strip()[:80])
         correct = name == problem.check["expected"]
         return Verdict(correct=correct, rule="ok" if correct else "wrong_part", measured=name)
+
+
+def _names(answer: str, letter: str, name: str) -> bool:
+    """Whether the whole answer is this candidate: "B", "(B)", "B.", its name, or as the question lists it."""
+    listed = rf"\(?{letter}\)?[.:]?(?: +{re.escape(name)})?"
+    return bool(re.fullmatch(rf"\s*(?:{listed}|{re.escape(name)})\.?\s*", answer, re.IGNORECASE))
 
 
 def padded(value: float) -> str:

@@ -1,9 +1,12 @@
 """Component values: the preferred numbers of IEC 60063, and reading and writing quantities."""
 
+import math
 import random
+import re
 from collections.abc import Sequence
+from decimal import Decimal
 
-from quantiphy import InvalidNumber, Quantity
+from quantiphy import Quantity
 
 E12 = (1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 3.9, 4.7, 5.6, 6.8, 8.2)
 """Mantissas of the E12 series (IEC 60063): a table, since the standard's values are not the rounded powers."""
@@ -14,28 +17,29 @@ E6 = E12[::2]
 E24 = tuple(sorted((*E12, 1.1, 1.3, 1.6, 2.0, 2.4, 3.0, 3.6, 4.3, 5.1, 6.2, 7.5, 9.1)))
 """Mantissas of the E24 series: those of E12, and one in each gap."""
 
-_UNITS = {
-    "ohm": ("", "ohm", "ohms", "Ω", "Ω", "R"),
-    "F": ("", "F", "farad", "farads"),
-    "V": ("", "V", "volt", "volts"),
-    "A": ("", "A", "amp", "amps"),
+_NUMBER = r"[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
+_PREFIXES = {"": 0, "p": -12, "n": -9, "u": -6, "µ": -6, "μ": -6, "m": -3, "k": 3, "K": 3, "M": 6, "G": 9}
+_UNITS = {"ohm": "ohms?|Ω|Ω|R", "F": "F|farads?", "V": "V|volts?", "A": "A|amps?|amperes?"}
+_QUANTITIES = {
+    unit: re.compile(rf"(?P<number>{_NUMBER})\s*(?P<prefix>[pnuµμmkKMG]?)\s*(?i:{names})?")
+    for unit, names in _UNITS.items()
 }
+"""A number, an SI prefix and a unit, in small or capital letters, any of the last two left out."""
 
 
 def parse(text: str, unit: str) -> float:
     """The number in `text`, in `unit` without prefix: parse("4.7k ohm", "ohm") == 4700.0.
 
-    Accepts what engineers write: "4700", "4.7k", "4.7 kohm", "16.9e-9 F", "16.9 nF".
+    Accepts what engineers write: "4700", "4,700 ohm", "4.7k", "4.7 kohm", "4.7 kΩ", "560R", "16.9e-9 F", "16.9 nF".
 
     Raises:
         ValueError: no single finite quantity of that unit.
     """
-    try:
-        quantity = Quantity(text.strip().replace("k ohm", "kohm").replace("M ohm", "Mohm"))
-    except InvalidNumber:
-        raise ValueError(f"{text!r} is no quantity in {unit}; write e.g. '4.7k {unit}'") from None
-    value = float(quantity)
-    if quantity.units not in _UNITS[unit] or not abs(value) < float("inf"):
+    found = _QUANTITIES[unit].fullmatch(text.strip())
+    if not found:
+        raise ValueError(f"{text!r} is no quantity in {unit}; write e.g. '4.7k {unit}'")
+    value = float(Decimal(found["number"].replace(",", "")).scaleb(_PREFIXES[found["prefix"]]))
+    if not math.isfinite(value):
         raise ValueError(f"{text!r} is no finite quantity in {unit}")
     return value
 
