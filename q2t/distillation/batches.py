@@ -118,28 +118,6 @@ def predicting_states(model: Any, batch: Batch) -> Tensor:
     return output.last_hidden_state[batch.predicts]
 
 
-def output_head(model: Any) -> Tensor:
-    """The weight [vocabulary, width] whose product with `predicting_states` is the model's logits.
-
-    Raises:
-        ValueError: the model scales, caps or shifts its logits, which the losses here would leave out.
-    """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    capped = getattr(config, "final_logit_softcapping", None)
-    scaled = {
-        name: getattr(config, name, None) or 1.0 for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")
-    }
-    others = [name for name, factor in scaled.items() if factor != 1.0]
-    if capped or others or getattr(head, "bias", None) is not None:
-        what = "final_logit_softcapping" if capped else others[0] if others else "a bias of the output head"
-        raise ValueError(
-            f"a {config.model_type} has logits with {what}, which no loss here knows: take a model without it, or "
-            "learn from its words alone, through an endpoint"
-        )
-    weight: Tensor = head.weight
-    return weight
-
-
 def plan(lengths: Sequence[int], batch_size: int, micro_batch: int, *, seed: int, epoch: int) -> list[list[list[int]]]:
     """Row indices of an epoch: steps of batch_size rows, each cut into micro-batches of micro_batch rows.
 

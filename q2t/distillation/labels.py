@@ -53,7 +53,8 @@ def label(
     import torch
     from tqdm import tqdm
 
-    from q2t.distillation.batches import collate, output_head, predicting_states
+    from q2t.distillation.batches import collate, predicting_states
+    from q2t.distillation.losses import output_head
 
     plain = encode(tokenizer, examples)
     rows = encode(tokenizer, examples, systems) if systems else plain

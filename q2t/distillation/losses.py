@@ -35,6 +35,28 @@ class Terms(NamedTuple, Generic[T]):
     weighted_distillation: T
 
 
+def output_head(model: Any) -> Tensor:
+    """The weight [vocabulary, width] whose product with `batches.predicting_states` is the model's logits.
+
+    Raises:
+        ValueError: the model scales, caps or shifts its logits, which the losses here would leave out.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    capped = getattr(config, "final_logit_softcapping", None)
+    scaled = {
+        name: getattr(config, name, None) or 1.0 for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")
+    }
+    others = [name for name, factor in scaled.items() if factor != 1.0]
+    if capped or others or getattr(head, "bias", None) is not None:
+        what = "final_logit_softcapping" if capped else others[0] if others else "a bias of the output head"
+        raise ValueError(
+            f"a {config.model_type} has logits with {what}, which no loss here knows: take a model without it, or "
+            "learn from its words alone, through an endpoint"
+        )
+    weight: Tensor = head.weight
+    return weight
+
+
 def chunk_size(*heads: Tensor) -> int:
     """Tokens whose logits exist at one time, for the largest of these heads [vocabulary, width]."""
     return max(32, LOGITS[heads[0].device.type] // max(map(len, heads)) // 32 * 32)

@@ -143,24 +143,3 @@ def test_a_gpu_takes_micro_batches_in_equal_passes_that_fit(
     assert batches.at_once(count, tokens, config, "cuda") == expected
     assert batches.at_once(count, tokens, config, "cuda", checkpointing=True) == checkpointing
     assert batches.at_once(count, tokens, config, "cpu") == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ({"logits_scaling": 8.0}, "logits_scaling"),
-        ({"logit_scale": 0.0625}, "logit_scale"),
-        ({}, "a bias of the output head"),
-    ],
-)
-def test_logits_that_are_more_than_a_product_are_refused(model: Any, changes: dict[str, float], named: str) -> None:
-    """Gemma 2, Granite, Cohere and Phi have such."""
-    network = model()
-    assert batches.output_head(network) is network.lm_head.weight
-    for name, value in changes.items():
-        setattr(network.config, name, value)
-    if not changes:
-        network.lm_head.bias = torch.nn.Parameter(torch.ones(len(network.lm_head.weight)))
-    with pytest.raises(ValueError, match=f"a llama has logits with {named}, which no loss here knows"):
-        batches.output_head(network)

@@ -320,3 +320,24 @@ def test_bfloat16_products_of_both_models_are_near(kind: Any, beta: float) -> No
         rounded = whole_completion_loss(*given, Whole(*(part.bfloat16() for part in teacher)), *how).total
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs() / exact < 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"logits_scaling": 8.0}, "logits_scaling"),
+        ({"logit_scale": 0.0625}, "logit_scale"),
+        ({}, "a bias of the output head"),
+    ],
+)
+def test_logits_that_are_more_than_a_product_are_refused(model: Any, changes: dict[str, float], named: str) -> None:
+    """Gemma 2, Granite, Cohere and Phi have such."""
+    network = model()
+    assert losses.output_head(network) is network.lm_head.weight
+    for name, value in changes.items():
+        setattr(network.config, name, value)
+    if not changes:
+        network.lm_head.bias = torch.nn.Parameter(torch.ones(len(network.lm_head.weight)))
+    with pytest.raises(ValueError, match=f"a llama has logits with {named}, which no loss here knows"):
+        losses.output_head(network)
