@@ -23,6 +23,7 @@ import torch
 from q2t.config import Compute
 from q2t.deployment.onnx import export
 from q2t.deployment.runtime import Request, Runtime, load
+from q2t.evaluation.cost import machine
 from q2t.readme import fill
 from q2t.records import write_json
 
@@ -111,7 +112,7 @@ def main() -> None:
         theirs = ORTModelForCausalLM.from_pretrained(exported, session_options=options, use_cache=True)
         ways["optimum, ONNX Runtime"] = measure(lambda: with_generate(theirs, tokenizer, prompts, most))
     settings = {"model": str(given.model), "answers": len(prompts), "samples": given.samples}
-    settings |= {"max_new_tokens": most, **SAMPLING, **compute.model_dump()}
+    settings |= {"machine": machine(), "max_new_tokens": most, **SAMPLING, **compute.model_dump()}
     found = {"settings": settings, "ways": ways}
     write_json(RESULTS, found)
     fill(ROOT / "README.md", "decoding", table(found))

@@ -35,6 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from q2t.evaluation.cost import machine
 from q2t.readme import fill
 from q2t.records import Example, read_jsonl, write_json
 
@@ -247,7 +248,7 @@ def section(results: dict[str, Any]) -> str:
         "the same, one labelling for one epoch counted": results["throughput_vs_trl_kd_with_labelling"],
         "peak memory of the process, distillation": results["memory_vs_trl_kd"],
         "share of the machine's matrix peak": results["share_of_matmul_peak"],
-        "memory of the loss, 262,144 tokens, hidden size 640 (gemma-3-270m)": loss["gemma3_270m"],
+        "memory of the loss, vocabulary 262,144, hidden size 640 (gemma-3-270m)": loss["gemma3_270m"],
         f"the same at 2,560 (gemma-3-4b); the head's gradient is {share:.0%} of it": loss["gemma3_4b"],
     }
     settings = results["settings"]
@@ -328,6 +329,7 @@ def main() -> None:
         "teacher": TEACHER.name,
         "cores": len(os.sched_getaffinity(0)),
         "dtype": given.dtype,
+        "machine": machine(),
     }
     settings |= {"threads": os.environ.get("OMP_NUM_THREADS", "default"), "rows": given.rows, "batch_size": BATCH}
     settings |= {"epochs": EPOCHS, "steps_timed": given.rows // BATCH, "rounds": given.rounds, **TRAINING}

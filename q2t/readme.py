@@ -1,7 +1,6 @@
 """The tables of README and docs, filled in from what git has under reports/. Run as: python -m q2t.readme."""
 
 import json
-import subprocess
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -35,15 +34,13 @@ def fill(readme: Path, name: str, text: str) -> None:
 
 
 def results(root: Path) -> str:
-    """The table of the committed run's models, and the commit that has it."""
-    log = ["git", "log", "-1", "--format=%h", "--", SUMMARY]
-    commit = subprocess.run(log, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    return f"{markdown_table(_read(root, SUMMARY))}\n\nMeasured at commit `{commit}`."
+    """The table of the committed run's models, and the commit that it ran."""
+    return f"{markdown_table(_read(root, SUMMARY))}\n\nRun at commit `{_read(root, TIMES)['commit']}`."
 
 
 def full(root: Path) -> str:
     """The table of profile `full`, and the commit that it ran."""
-    return f"{markdown_table(_read(root, FULL))}\n\nMeasured at commit `{_read(root, FULL_TIMES)['commit']}`."
+    return f"{markdown_table(_read(root, FULL))}\n\nRun at commit `{_read(root, FULL_TIMES)['commit']}`."
 
 
 def _read(root: Path, path: str) -> Any:

@@ -1,14 +1,11 @@
 """The README's tables: replaced between their markers, and in the repository up to date."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from q2t import ablation
-from q2t.lockfile import SUMMARY
-from q2t.readme import fill, full, times
-from q2t.report.summary import markdown_table
+from q2t.readme import fill, full, results, times
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,10 +32,9 @@ def test_a_readme_without_markers_is_left_alone(text, tmp_path):
 
 
 def test_the_readme_shows_the_committed_results():
-    summary = json.loads((ROOT / SUMMARY).read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for table in (
-        markdown_table(summary),
+        results(ROOT),
         full(ROOT),
         times(ROOT),
         ablation.controls(ROOT),

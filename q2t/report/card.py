@@ -47,6 +47,7 @@ def render(reports: Path, params: Mapping[str, Any]) -> str:
         final=final,
         model=summary[final],
         teacher=summary[TEACHER],
+        base=summary.get("base"),
         folder=params["evaluate"]["models"][final],
         table=markdown_table(summary),
         measured=measured(summary),

@@ -41,6 +41,7 @@ def render(reports: Path, examples: Path, params: Mapping[str, Any]) -> str:
             "model": params["teachers"][name]["model"],
             "license": license_of(params, params["teachers"][name]["model"]),
             "rows": by_teacher[name],
+            "samples": params["teachers"][name]["samples"],
         }
         for name in params["filter"]["teachers"]
     }
