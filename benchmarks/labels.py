@@ -8,6 +8,7 @@ writes benchmarks/results/labels.json, and the table in docs/distillation.md fro
 """
 
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LABELS = ROOT / "data/soft_labels/labels.parquet"
 RESULTS = ROOT / "benchmarks/results/labels.json"
 REPEATS = 5
-NAME = "benchmark-start"
+NAME, TRACKING = "benchmark-start", ".q2t/benchmark.db"
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -48,21 +49,29 @@ def plain(path: Path, content: bytes) -> None:
 
 def start(temperature: float) -> float:
     """Seconds until training starts at a temperature that no run had before."""
-    dvc = [sys.executable, "-m", "dvc"]
-    command = [*dvc, "exp", "run", "--temp", "-n", NAME, "-S", f"distill.temperature={temperature}", "-s", "distill"]
+    dvc = [sys.executable, "-m", "dvc", "exp"]
+    sets = [f"distill.temperature={temperature}", f"tracking.uri=sqlite:///{TRACKING}"]
+    command = [*dvc, "run", "--temp", "-n", NAME, "-S", sets[0], "-S", sets[1], "-s", "distill"]
+    before = set((ROOT / ".q2t/distill").glob("*"))
     began = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True) as process:
         assert process.stderr
-        said = b""
-        while b"train:   0%" not in said:
-            piece = os.read(process.stderr.fileno(), 1 << 16)
-            assert piece, said.decode()
-            said += piece
-        took = time.perf_counter() - began
-        os.killpg(process.pid, signal.SIGINT)
-        process.stderr.read()
-    subprocess.run([*dvc, "exp", "remove", NAME], cwd=ROOT, capture_output=True)
-    return took
+        try:
+            said = b""
+            while b"train:   0%" not in said:
+                piece = os.read(process.stderr.fileno(), 1 << 16)
+                assert piece, said.decode()
+                said += piece
+            return time.perf_counter() - began
+        finally:
+            os.killpg(process.pid, signal.SIGINT)
+            process.stderr.read()
+            process.wait()
+            subprocess.run([*dvc, "remove", NAME], cwd=ROOT, capture_output=True)
+            for left in set((ROOT / ".q2t/distill").glob("*")) - before:
+                shutil.rmtree(left)
+            for left in (ROOT / TRACKING).parent.glob(f"{Path(TRACKING).stem}*"):
+                left.unlink()
 
 
 def main() -> None:

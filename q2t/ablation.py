@@ -92,7 +92,7 @@ def run(names: Iterable[str] = (), root: Path = Path(".")) -> None:
     Raises:
         ValueError: an unknown name, experiments that fail, or another run that has not ended yet.
     """
-    listed = experiments()
+    names, listed = list(dict.fromkeys(names)), experiments()
     known = {name: each for each in listed for name in (each.name, each.slug)}
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"no ablation {unknown}: there are {', '.join(each.name for each in listed)}")
@@ -163,7 +163,8 @@ def result(experiment: Experiment, root: Path) -> dict[str, Any]:
 def _correct(stages: dict[str, Any], model: str, root: Path) -> Correct:
     """Which problems a model of an experiment answered right."""
     path = f"reports/answers/{model}.jsonl"
-    answers = cached(out_hashes(stages)[path], root)
+    md5 = out_hashes(stages).get(path)
+    answers = cached(md5, root) if md5 else None
     if answers is None:
         raise ValueError(f"DVC's cache has not this {path}: run `dvc pull {path}` or `dvc repro`, and this again")
     return by_family(verdicts(answers))
@@ -189,7 +190,7 @@ def _asked(stages: dict[str, Any], stage: str, own: set[str]) -> list[Any]:
 def controls(root: Path = Path(".")) -> str:
     """The table of what each part is worth, and a sentence on the spread; a sentence where nothing was run.
 
-    Here and in the other tables, EARLIER marks a result that another run than today's would not come to.
+    Here and in the other tables, EARLIER marks a result that today's run would not come to.
     """
     rows = _results("controls", root)
     spread = _groups()["controls"]["spread"]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from q2t.config import Compute
 
@@ -113,17 +114,23 @@ def published(out: str, *, needed: bool) -> Path | None:
     DVC deletes an out before the stage runs, so this is where the stage finds what it wrote before.
 
     Raises:
-        ValueError: it is needed, and only a remote can have it.
+        ValueError: it is needed, since it answers today's questions by today's teacher, and only a remote can have it.
     """
-    from q2t.lockfile import LOCK, cached, out_hashes, read_yaml
+    from q2t.lockfile import LOCK, cached, entry_before, out_hashes, read_yaml
 
     lock = Path(LOCK)
     stages = read_yaml(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}
-    md5 = out_hashes(stages).get(out)
+    stage, md5 = next(((n, h) for n, entry in stages.items() if (h := out_hashes({n: entry}).get(out))), ("", ""))
     found = cached(md5) if md5 else None
-    if md5 and not found and needed:
+    if md5 and not found and needed and _asked(stages[stage]) == _asked(entry_before(stage, Path("."))):
         raise ValueError(
             f"{LOCK} names {out}, which DVC's cache lacks, and its answers would be paid for again: "
             f"`dvc pull {out}` first, or take its stage out of {LOCK} to ask anew"
         )
     return found
+
+
+def _asked(entry: dict[str, Any]) -> list[Any]:
+    """What the answers of a stage hang on beside its code."""
+    deps = sorted((dep["path"], dep["md5"]) for dep in entry["deps"] if not dep["path"].endswith(".py"))
+    return [deps, entry.get("params")]

@@ -196,7 +196,8 @@ def log_timings(models: list[dict[str, Any]], root: Path = Path(".")) -> list[di
 
 
 def minutes(stages: dict[str, Entry], root: Path = Path(".")) -> float | None:
-    """What these stages took when they last ran, together; None where MLflow does not have all of them."""
+    """What these stages took when they last ran, together, an interrupted one since it went on; None where MLflow does
+    not have all of them."""
     with _spared("what stages took"):
         store = init_store(root)
         runs = [_live_runs(store, inputs_key(stage, entry)) for stage, entry in stages.items()]

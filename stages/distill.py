@@ -32,6 +32,7 @@ def main() -> None:
             checkpoints=folder,
             curve=CURVE,
             systems=params.systems,
+            told=params.told,
         )
         if is_main():
             save_model(student, tokenizer, Path("models/student"))

@@ -22,7 +22,7 @@ def main() -> None:
         general = read_jsonl(Path("data/prompts/general_test.jsonl"), Problem)
         references = read_jsonl(Path("data/generations/reference.jsonl"), Completion)
         model = runtime.load(folder, params.compute)
-        system = params.system_of(params.evaluate.models[name])
+        system = params.told.get(params.evaluate.models[name], "")
         judged = harness.answer(model, test + general, params.evaluate, system=system)
         metrics = {
             "model": name,

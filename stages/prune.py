@@ -40,6 +40,7 @@ def main() -> None:
             checkpoints=folder,
             curve=CURVE,
             systems=params.systems,
+            told=params.told,
         )
         if is_main():
             save_model(healed, tokenizer, Path("models/pruned"))

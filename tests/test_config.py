@@ -62,14 +62,17 @@ def changed(tmp_path, change):
             lambda p: p["distill"].update(online={"teacher": "models/teacher", "logits": True, "distance": "mse"}),
             "distance has no effect without hidden",
         ),
-        (lambda p: p["distill"].update(phases=[{"on_policy": OWN, "alpha": 0.5}]), "alpha has no effect on_policy"),
         (
-            lambda p: p["distill"].update(domains=["target"], teacher_only=["general"]),
-            r"phase 1 has \['general'\] in teacher_only, and not in domains",
+            lambda p: p["distill"].update(phases=[{"epochs": 1}, {"on_policy": OWN, "alpha": 0.5}]),
+            "phase 2 has alpha, which has no effect on_policy",
         ),
         (
-            lambda p: p["distill"].update(adapter={"kind": "lora", "modules": ["q_proj"]}, freeze=["model.*"]),
-            "freeze has no effect beside an adapter",
+            lambda p: p["distill"].update(domains=["target"], teacher_only=["general"]),
+            r"\['general'\] in teacher_only has no rows: no phase has it in domains",
+        ),
+        (
+            lambda p: p["distill"].update(on_policy=OWN, phases=[{"alpha": 0.5}]),
+            "phase 1 has alpha, which has no effect on_policy",
         ),
         (lambda p: p["distill"].update(adapter={"kind": "ia3", "rank": 4, "modules": ["q_proj"]}), "ia3 has no rank"),
     ],
@@ -121,5 +124,5 @@ def test_every_profile_fits(tmp_path, profile):
     assert apply(profile, tmp_path / "params.yaml")
     params = load(tmp_path / "params.yaml")
     assert list(params.systems) == (["expert"] if profile == "r1-gemma" else [])
-    assert params.system_of("models/teacher") == params.systems.get("expert", "")
-    assert params.system_of("models/student") == ""
+    assert params.told.get("models/teacher", "") == params.systems.get("expert", "")
+    assert "models/student" not in params.told

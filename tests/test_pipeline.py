@@ -69,7 +69,7 @@ def test_a_second_copy_gives_the_same_bytes(first, tmp_path):
 
 def test_what_was_generated_before_is_found_when_its_out_is_deleted(first):
     out = "data/generations/expert.jsonl"
-    written = (first / out).read_bytes()
+    written, params = (first / out).read_bytes(), (first / "params.yaml").read_text()
     (first / out).unlink()
     script = (
         f"import sys; from q2t.stage import published; sys.stdout.write(published({out!r}, needed=False).read_text())"
@@ -81,8 +81,21 @@ def test_what_was_generated_before_is_found_when_its_out_is_deleted(first):
         )
         done = subprocess.run([sys.executable, "-c", bare], cwd=first, capture_output=True, text=True)
         assert f"its answers would be paid for again: `dvc pull {out}` first" in done.stderr
+        (first / "params.yaml").write_text(params.replace("seed: 7", "seed: 8", 1))
+        run(first, "python", "-c", bare)  # other questions, which nobody has answered yet
     finally:
+        (first / "params.yaml").write_text(params)
         (first / out).write_bytes(written)
+
+
+def test_every_stage_shows_itself_with_its_inputs(first):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{first}/.q2t/mlflow.db")
+    (experiment,) = [each for each in client.search_experiments() if each.name == "q2t"]
+    stages = client.search_runs([experiment.experiment_id], "tags.`q2t.kind` = 'stage'")
+    assert {each.info.run_name for each in stages} >= locked(first).keys()
+    assert [each.info.run_name for each in stages if "q2t.inputs" not in each.data.tags] == []
 
 
 def test_an_ablation_leaves_a_row_for_the_table_and_the_workspace_as_it_was(first):

@@ -249,9 +249,10 @@ class Params(Section):
         """The system prompt of each teacher that has one, by name."""
         return {name: teacher.system for name, teacher in self.teachers.items() if teacher.system}
 
-    def system_of(self, model: str) -> str:
-        """What this model folder is told where it answers the questions; empty if it isn't, or answers none."""
-        return next((t.system for t in self.teachers.values() if t.model == model and t.prompts == "questions"), "")
+    @property
+    def told(self) -> dict[str, str]:
+        """What each model folder is told where it answers the questions, of those that are told anything."""
+        return {t.model: t.system for t in self.teachers.values() if t.system and t.prompts == "questions"}
 
     @model_validator(mode="after")
     def _teachers_are_watched(self) -> "Params":

@@ -123,12 +123,6 @@ class Phase(Section):
     on_policy: OnPolicy | Literal[False] | None = None
     """False leaves the section's out: the phase learns from the rows' own answers."""
 
-    @model_validator(mode="after")
-    def _own_answers_have_no_task_loss(self) -> "Phase":
-        if self.on_policy and self.alpha is not None:
-            raise ValueError("alpha has no effect on_policy, where the teacher's word is all there is: leave it out")
-        return self
-
 
 class Distill(Optimizer):
     seed: int
@@ -174,11 +168,16 @@ class Distill(Optimizer):
 
     @model_validator(mode="after")
     def _phases_fit_their_teachers(self) -> "Distill":
-        if self.adapter and self.freeze:
-            raise ValueError("freeze has no effect beside an adapter, which trains nothing else: leave one of them out")
-        for number, phase in enumerate(self.in_phases(), 1):
-            if unknown := sorted(set(phase.teacher_only) - set(phase.domains)):
-                raise ValueError(f"phase {number} has {unknown} in teacher_only, and not in domains: no row is of it")
+        in_phases = self.in_phases()
+        learnt = {domain for phase in in_phases for domain in phase.domains}
+        if unknown := sorted({domain for phase in in_phases for domain in phase.teacher_only} - learnt):
+            raise ValueError(f"{unknown} in teacher_only has no rows: no phase has it in domains")
+        for number, (given, phase) in enumerate(zip(self.phases or [Phase()], in_phases, strict=True), 1):
+            if phase.on_policy and given.alpha is not None:
+                raise ValueError(
+                    f"phase {number} has alpha, which has no effect on_policy, where the teacher's word is all there "
+                    "is: leave it out"
+                )
             if phase.online and phase.on_policy:
                 raise ValueError(
                     f"phase {number} is on_policy and has an online teacher, which knows the rows' own answers only: "

@@ -25,6 +25,7 @@ def learn(
     checkpoints: Path,
     curve: Path,
     systems: Mapping[str, str] = NO_SYSTEMS,
+    told: Mapping[str, str] = NO_SYSTEMS,
 ) -> Any:
     """`train`, with the seed of the settings and with what `online` and `on_policy` name, which is checked first.
 
@@ -33,12 +34,13 @@ def learn(
         examples: those of the rows, as text.
         to_student: [teacher vocabulary], student id or -1.
         systems: the system prompt of each teacher that has one, by name.
+        told: the same by model folder, of those that answer the questions.
 
     Raises:
         ValueError: as `train`, `OnlineTeacher` and `Sampler`.
     """
     seed, in_phases = settings.seed, settings.in_phases()
-    sampler = Sampler(tokenizer, to_student, examples, seed=seed, compute=compute, systems=systems)
+    sampler = Sampler(tokenizer, to_student, examples, seed=seed, compute=compute, told=told)
     for phase in in_phases:
         if phase.on_policy:
             sampler.teacher_map(phase.on_policy)

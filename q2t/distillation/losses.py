@@ -20,6 +20,9 @@ LOGITS = {"cpu": 2**24, "cuda": 2**27}
 """Logits that exist at one time, by device: 64 MB in float32, and 512 on a GPU, which so few leave idle."""
 FLOOR = -1e4
 """Log-probability of an empty bucket: its exponential is 0, and so is 0 * FLOOR, where 0 * -inf is nan."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
+"""What transformers' configurations call a cap on the logits, or a factor on them."""
 
 
 T = TypeVar("T", Tensor, float)
@@ -42,15 +45,12 @@ def output_head(model: Any) -> Tensor:
         ValueError: the model scales, caps or shifts its logits, which the losses here would leave out.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    capped = getattr(config, "final_logit_softcapping", None)
-    scaled = {
-        name: getattr(config, name, None) or 1.0 for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")
-    }
-    others = [name for name, factor in scaled.items() if factor != 1.0]
-    if capped or others or getattr(head, "bias", None) is not None:
-        what = "final_logit_softcapping" if capped else others[0] if others else "a bias of the output head"
+    named = [name for name in CAPS if getattr(config, name, None)]
+    named += [name for name in SCALES if getattr(config, name, 1.0) != 1.0]
+    named += ["a bias of the output head"] * (getattr(head, "bias", None) is not None)
+    if named:
         raise ValueError(
-            f"a {config.model_type} has logits with {what}, which no loss here knows: take a model without it, or "
+            f"a {config.model_type} has logits with {named[0]}, which no loss here knows: take a model without it, or "
             "learn from its words alone, through an endpoint"
         )
     weight: Tensor = head.weight

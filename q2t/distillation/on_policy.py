@@ -43,20 +43,20 @@ class Sampler:
         *,
         seed: int,
         compute: Compute,
-        systems: Mapping[str, str] = NO_SYSTEMS,
+        told: Mapping[str, str] = NO_SYSTEMS,
     ) -> None:
         """Args:
         tokenizer: the student's.
         to_student: [teacher vocabulary], student id or -1.
         examples: of the training rows: their questions.
-        systems: as for `rows.encode`: what the teacher is told before a question, as the row's writer was.
+        told: the system prompt of each model folder that answers the questions behind one.
         """
         self.tokenizer = tokenizer
         self.to_student = torch.tensor(to_student)
         self.examples = {example.id: example for example in examples}
         self.seed = seed
         self.compute = compute
-        self.systems = systems
+        self.told = told
 
     def __call__(self, model: Any, rows: Sequence[Row], settings: OnPolicy, phase: int, journal: Path) -> list[Row]:
         """One labelled answer to each question of the rows, in the order and with the weight of its first row.
@@ -82,7 +82,15 @@ class Sampler:
             asked.setdefault(self.examples[row.id].problem_id, self.examples[row.id])
         answers = self._answers(model, list(asked.values()), settings, phase, Journal(journal))
         own = [
-            example.model_copy(update={"id": content_id(problem, phase, answer.text), "text": answer.text})
+            example.model_copy(
+                update={
+                    "id": content_id(problem, phase, answer.text),
+                    "text": answer.text,
+                    "teacher": settings.teacher
+                    if example.domain == "target"
+                    else "",  # it scores, behind its own prompt
+                }
+            )
             for (problem, example), answer in zip(asked.items(), answers, strict=True)
         ]
         kept = self._of_use(own, answers, teacher, to_student.numpy(), settings, phase)
@@ -94,7 +102,7 @@ class Sampler:
             batch_size=settings.batch_size,
             to_student=to_student,
             student_tokenizer=self.tokenizer,
-            systems=self.systems,
+            systems=self.told,
         )
 
     def teacher_map(self, settings: OnPolicy) -> tuple[Any, torch.Tensor]:

@@ -71,7 +71,8 @@ class OnlineTeacher:
             ValueError: no model folder, a layer that a model doesn't have, tokens that don't fit the loss, a row
                 whose text a tokenizer changes, or a row whose writer was told more than the student reads.
         """
-        told = sorted({example.teacher for example in examples if systems.get(example.teacher)})
+        learnt = {row.id for row in rows}
+        told = sorted({each.teacher for each in examples if each.id in learnt and systems.get(each.teacher)})
         if told and not settings.spans:
             raise ValueError(
                 f"online: {told[0]} answered behind its `system` prompt, which the teacher beside would not see: it "

@@ -17,7 +17,7 @@ STAGES = {
     "fetch": "source models, pinned",
     "pose": "problems with checkable answers",
     "specialize": "the teacher learns worked solutions",
-    "generate": "the teacher answers, several times",
+    "generate": "the teachers answer",
     "filter": "judged, deduplicated, mixed",
     "initialize": "the student before learning",
     "label": "the teacher's top log-probabilities",

@@ -68,7 +68,8 @@ def test_a_wrong_answer_is_wrong(family):
             names = problem.check["candidates"]
             right = names.index(problem.check["expected"])
             letter, other = "ABC"[right], names[right - 1]
-            listed = (f"{letter} {names[right]}", f"{letter}: {names[right]}.")
+            (line,) = re.findall(rf"{letter} {re.escape(names[right])} [\d.]+ V [\d.]+ A", problem.question)
+            listed = (f"{letter} {names[right]}", f"{letter}: {names[right]}.", line)
             for said in (letter.lower(), f"({letter})", f"{letter}.", *listed):
                 assert verify(problem, said).correct, said
             # The letter of one and the name of another is no choice.

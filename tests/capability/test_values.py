@@ -34,6 +34,7 @@ def test_e24_is_that_of_the_standard():
         ("1.5e4", "ohm", 15_000),
         ("5.6e-1 kohm", "ohm", 560),
         ("-47k", "ohm", -47_000),
+        ("−47k", "ohm", -47_000),
         ("0.53 nf", "F", 0.53e-9),
         ("0.00000000053 farads", "F", 0.53e-9),
         ("530f", "F", 530),
@@ -50,7 +51,15 @@ def test_what_engineers_write_is_read(text, unit, value):
     "text",
     [
         *("", "ohm", "about 5", "5 F", "1k or 2k", "inf ohm", "nan ohm", "-", "5 V", "1e999 ohm", "5 kk"),
-        *("4,7k ohm", "5,60 ohm", "560 ohm -- or 680 ohm", "560 ohm # no, 680", "1 ohm = 560 ohm", "R = 560"),
+        *(
+            "4,7k ohm",
+            "5,60 ohm",
+            "0,560 ohm",
+            "560 ohm -- or 680 ohm",
+            "560 ohm # no, 680",
+            "1 ohm = 560 ohm",
+            "R = 560",
+        ),
     ],
 )
 def test_what_is_no_single_resistance_is_refused(text):

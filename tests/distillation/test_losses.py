@@ -322,22 +322,45 @@ def test_bfloat16_products_of_both_models_are_near(kind: Any, beta: float) -> No
     assert 0 < (rounded - exact).abs() / exact < 0.02
 
 
+SMALL = dict(
+    vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, pad_token_id=1, eos_token_id=1,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("architecture", "given", "named"),
     [
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ({"logits_scaling": 8.0}, "logits_scaling"),
-        ({"logit_scale": 0.0625}, "logit_scale"),
-        ({}, "a bias of the output head"),
+        ("Llama", {}, None),
+        ("Qwen3", {"head_dim": 8}, None),
+        ("Gemma3", {"head_dim": 8}, None),
+        ("Gemma2", {"head_dim": 8}, "final_logit_softcapping"),
+        ("RecurrentGemma", {"num_hidden_layers": 3, "lru_width": 32}, "logits_soft_cap"),
+        ("Granite", {"logits_scaling": 8.0}, "logits_scaling"),
+        ("Cohere", {}, "logit_scale"),
+        ("Phi", {}, "a bias of the output head"),
     ],
 )
-def test_logits_that_are_more_than_a_product_are_refused(model: Any, changes: dict[str, float], named: str) -> None:
-    """Gemma 2, Granite, Cohere and Phi have such."""
-    network = model()
-    assert losses.output_head(network) is network.lm_head.weight
-    for name, value in changes.items():
-        setattr(network.config, name, value)
-    if not changes:
-        network.lm_head.bias = torch.nn.Parameter(torch.ones(len(network.lm_head.weight)))
-    with pytest.raises(ValueError, match=f"a llama has logits with {named}, which no loss here knows"):
-        losses.output_head(network)
+def test_logits_that_are_more_than_a_product_are_refused(
+    architecture: str, given: dict[str, Any], named: str | None
+) -> None:
+    """A random model of each: what is let through has logits that are the states times the head, and no other."""
+    import transformers
+
+    config = getattr(transformers, f"{architecture}{'Text' * (architecture == 'Gemma3')}Config")(**SMALL | given)
+    torch.manual_seed(0)
+    network = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    head = network.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.mul_(50)  # so that a cap is felt
+        if head.bias is not None:
+            head.bias.add_(1)
+        ids = torch.arange(2, 20)[None]
+        states = network.get_decoder()(input_ids=ids).last_hidden_state
+        product = torch.allclose(network(input_ids=ids).logits, states @ head.weight.T, atol=1e-3)
+    assert product == (named is None)
+    if named is None:
+        assert losses.output_head(network) is head.weight
+    else:
+        with pytest.raises(ValueError, match=f"has logits with {named}, which no loss here knows"):
+            losses.output_head(network)

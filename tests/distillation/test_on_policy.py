@@ -275,10 +275,12 @@ def test_what_a_phase_needs_is_known_before_it_begins(sampler_of: Any, settings_
         sampler_of().teacher_map(settings_of(top_k=900))
 
 
-def test_the_teacher_is_told_what_the_writer_of_the_row_was(
+def test_the_teacher_scores_behind_its_own_prompt_where_problems_are_asked(
     sampler_of: Any, settings_of: Any, student: Any, asked: Any
 ) -> None:
-    plain = sampler_of()(student(), asked, settings_of(), 4)
-    told = sampler_of(systems={"t": "Answer in letters."})(student(), asked, settings_of(), 4)
+    settings = settings_of()
+    plain = sampler_of()(student(), asked, settings, 4)
+    told = sampler_of(told={settings.teacher: "Answer in letters."})(student(), asked, settings, 4)
     assert [row.input_ids.tolist() for row in told] == [row.input_ids.tolist() for row in plain]  # the student is not
-    assert not any(np.array_equal(a.top_logprobs, b.top_logprobs) for a, b in zip(plain, told, strict=True))
+    same = [np.array_equal(a.top_logprobs, b.top_logprobs) for a, b in zip(plain, told, strict=True)]
+    assert same == [row.domain == "general" for row in plain] and {*same} == {True, False}

@@ -428,7 +428,9 @@ def test_a_system_prompt_that_the_teacher_beside_would_not_see_is_refused(
     tokenizer: Any, examples: Any, compute: Any, tmp_path: Path
 ) -> None:
     save_model(network(1), tokenizer(), tmp_path / "teacher")
-    given, settings = examples(4), Online(teacher=str(tmp_path / "teacher"), logits=True)
+    given, settings = examples(4), Online(teacher=str(tmp_path / "teacher"), hidden=[[1, 1]])
     rows = encode(tokenizer(), given)
     with pytest.raises(ValueError, match="t answered behind its `system` prompt"):
         OnlineTeacher(settings, network(0), tokenizer(), rows, given, seed=0, compute=compute, systems={"t": "Hear."})
+    given[0] = given[0].model_copy(update={"teacher": "another"})
+    OnlineTeacher(settings, network(0), tokenizer(), rows[:1], given, seed=0, compute=compute, systems={"t": "Hear."})

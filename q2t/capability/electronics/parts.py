@@ -130,9 +130,10 @@ class Selection(Family):
 
 
 def _names(answer: str, letter: str, name: str) -> bool:
-    """Whether the whole answer is this candidate: "B", "(B)", "B.", its name, or as the question lists it."""
-    listed = rf"\(?{letter}\)?[.:]?(?: +{re.escape(name)})?"
-    return bool(re.fullmatch(rf"\s*(?:{listed}|{re.escape(name)})\.?\s*", answer, re.IGNORECASE))
+    """Whether the whole answer is this candidate: "B", "(B)", "B.", its name, or both with the ratings as listed."""
+    named = rf"{re.escape(name)}(?: [\d.]+ V [\d.]+ A)?"
+    listed = rf"(?:{letter}|\({letter}\))(?:[.:,]? {named})?"
+    return bool(re.fullmatch(rf"\s*(?:{listed}|{named})\.?\s*", answer, re.IGNORECASE))
 
 
 def padded(value: float) -> str:

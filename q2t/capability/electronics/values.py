@@ -17,11 +17,11 @@ E6 = E12[::2]
 E24 = tuple(sorted((*E12, 1.1, 1.3, 1.6, 2.0, 2.4, 3.0, 3.6, 4.3, 5.1, 6.2, 7.5, 9.1)))
 """Mantissas of the E24 series: those of E12, and one in each gap."""
 
-_NUMBER = r"[+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
-_PREFIXES = {"": 0, "p": -12, "n": -9, "u": -6, "µ": -6, "μ": -6, "m": -3, "k": 3, "K": 3, "M": 6, "G": 9}
+_NUMBER = r"[+−-]?(?:[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
+_PREFIXES = {"": 0, "p": -12, "n": -9, "u": -6, "µ": -6, "μ": -6, "m": -3, "k": 3, "K": 3, "M": 6, "G": 9, "T": 12}
 _UNITS = {"ohm": "ohms?|Ω|Ω|R", "F": "F|farads?", "V": "V|volts?", "A": "A|amps?|amperes?"}
 _QUANTITIES = {
-    unit: re.compile(rf"(?P<number>{_NUMBER})\s*(?P<prefix>[pnuµμmkKMG]?)\s*(?i:{names})?")
+    unit: re.compile(rf"(?P<number>{_NUMBER})\s*(?P<prefix>[pnuµμmkKMGT]?)\s*(?i:{names})?")
     for unit, names in _UNITS.items()
 }
 """A number, an SI prefix and a unit, in small or capital letters, any of the last two left out."""
@@ -38,7 +38,7 @@ def parse(text: str, unit: str) -> float:
     found = _QUANTITIES[unit].fullmatch(text.strip())
     if not found:
         raise ValueError(f"{text!r} is no quantity in {unit}; write e.g. '4.7k {unit}'")
-    value = float(Decimal(found["number"].replace(",", "")).scaleb(_PREFIXES[found["prefix"]]))
+    value = float(Decimal(found["number"].replace(",", "").replace("−", "-")).scaleb(_PREFIXES[found["prefix"]]))
     if not math.isfinite(value):
         raise ValueError(f"{text!r} is no finite quantity in {unit}")
     return value
