@@ -97,8 +97,8 @@ def make_results(root: Path) -> Results:
         "capability": {"families": FAMILIES, "test": PROBLEMS},
         "specialize": {"source": "smollm", "epochs": 2, "learning_rate": 0.0005},
         "teachers": {
-            "expert": {"model": "models/teacher"},
-            "base": {"model": "models/sources/smollm"},
+            "expert": {"model": "models/teacher", "samples": 4},
+            "base": {"model": "models/sources/smollm", "samples": 2},
         },
         "filter": {
             "teachers": ["expert", "base"],

@@ -28,8 +28,8 @@ def test_body_has_the_figures(results: Results) -> None:
     assert "2,310 answers to 2 questions" in text
     assert "| `examples.jsonl` | 2,310 |" in text and "| `rejected.jsonl` | 2,190 |" in text
     assert "| mosfet | 800 | 362 |" in text
-    assert "| expert | `models/teacher` | 3 | Apache-2.0 |" in text
-    assert "| base | `models/sources/smollm` | 1 | Apache-2.0 |" in text
+    assert "| expert | `models/teacher` | 4 | 3 | Apache-2.0 |" in text
+    assert "| base | `models/sources/smollm` | 2 | 1 | Apache-2.0 |" in text
     assert "| lessons | 1,200 |" in text and "parts |" not in text and "| unused |" not in text
     assert "KiCad's exception" in text and "CC BY-SA 4.0" in text
     assert "{{" not in text and "None" not in text
