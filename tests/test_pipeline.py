@@ -104,7 +104,7 @@ def test_an_ablation_leaves_a_row_for_the_table_and_the_workspace_as_it_was(firs
     row = json.loads((first / "reports/ablations/lessons-instead-of-answers.json").read_text())
     assert row["changes"]["filter.teachers"] == ["lessons", "base"]
     assert f"| lessons instead of answers | {row['rows']} |" in said
-    assert row["rows"] == 300  # all lessons, not the 40 questions' answers
+    assert row["rows"] == 200  # max_rows of the 300 lessons: the 30 questions have no 200 answers
     assert locked(first) == before
     (first / "reports/ablations/lessons-instead-of-answers.json").unlink()
     assert run(first, "git", "status", "--porcelain") == ""
