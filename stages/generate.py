@@ -30,9 +30,11 @@ def main() -> None:
         elif (folder / openai.POINTER).exists():
             # A server's answers cost money and never come twice the same: its journal outlives the run.
             journal = Journal(root() / f".q2t/generate/{name}.jsonl")
-            if before := published(str(out), needed=not journal.rows):
+            pointer = openai.load_pointer(folder)
+            lacks = openai.lacks(problems, teacher, pointer, journal, name=name, seed=params.seed)
+            if before := published(str(out), needed=lacks):
                 journal.seed(before)
-            rows = openai.answers(problems, teacher, openai.load_pointer(folder), journal, name=name, seed=params.seed)
+            rows = openai.answers(problems, teacher, pointer, journal, name=name, seed=params.seed)
         else:
             # A model's answers come again to the bit, but only by the same code in the same batches: this run's alone.
             journal = Journal(work / "answers.jsonl")

@@ -112,13 +112,8 @@ def answers(
     """
     if teacher.system:
         raise ValueError(f"teachers.{name}.system is for a model folder: put it into {teacher.model}/{POINTER}")
-    wanted = [
-        _question(problem, sample, teacher, pointer, name, seed)
-        for problem in problems
-        for sample in range(teacher.samples)
-    ]
-    missing = [question for question in wanted if question.key not in journal.rows]
-    if missing:
+    wanted = _questions(problems, teacher, pointer, name, seed)
+    if missing := [question for question in wanted if question.key not in journal.rows]:
         secret = _secret(pointer)
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         with httpx.Client(base_url=pointer.base_url, headers=headers, timeout=TIMEOUT) as client:
@@ -127,6 +122,24 @@ def answers(
             report = _report(failed, len(missing), name)
             raise ValueError(report.replace(secret, "***") if secret else report)  # servers like to echo it
     return [journal.rows[question.key] for question in wanted]
+
+
+def lacks(
+    problems: Sequence[Problem], teacher: Teacher, pointer: Pointer, journal: Journal, *, name: str, seed: int
+) -> bool:
+    """Whether `answers` would have to ask."""
+    wanted = _questions(problems, teacher, pointer, name, seed)
+    return any(question.key not in journal.rows for question in wanted)
+
+
+def _questions(
+    problems: Sequence[Problem], teacher: Teacher, pointer: Pointer, name: str, seed: int
+) -> list[_Question]:
+    return [
+        _question(problem, sample, teacher, pointer, name, seed)
+        for problem in problems
+        for sample in range(teacher.samples)
+    ]
 
 
 def _question(problem: Problem, sample: int, teacher: Teacher, pointer: Pointer, name: str, seed: int) -> _Question:
@@ -171,23 +184,14 @@ def _ask_all(
     stop = Event()
 
     def answer(question: _Question) -> None:
+        known: dict[str, Any] = {"id": question.key, "problem_id": question.problem.id, "sample": question.sample}
         try:
             said = _ask(question, client, teacher, pointer, stop)
-        except Refused:
-            stop.set()
+            journal.append([Completion(teacher=name, settings=question.settings, **known, **said)])
+        except Exception as error:
+            if isinstance(error, Refused) or not isinstance(error, Failed):
+                stop.set()  # here, before this thread takes its next question
             raise
-        journal.append(
-            [
-                Completion(
-                    id=question.key,
-                    problem_id=question.problem.id,
-                    teacher=name,
-                    sample=question.sample,
-                    settings=question.settings,
-                    **said,
-                )
-            ]
-        )
 
     pool = ThreadPoolExecutor(teacher.batch_size)
     try:
@@ -257,11 +261,14 @@ def _attempt(client: httpx.Client, request: dict[str, Any], target: bool) -> dic
             "text": _text(choice["message"], target),
             "finish_reason": _finish_reason(choice["finish_reason"]),
         }
-        if not body.get("usage"):  # nor will it with the next answer, which costs as much
-            raise Refused(f"a chat completion without usage, the counts of its tokens: {_said(reply)}")
-        return said | {key: int(body["usage"][key]) for key in ("prompt_tokens", "completion_tokens")}
     except (ValueError, LookupError, TypeError, AttributeError):  # cut off, or an error under HTTP 200
-        raise Transient(f"no chat completion with usage: {_said(reply)}") from None
+        raise Transient(f"no chat completion: {_said(reply)}") from None
+    if not (usage := body.get("usage")):  # nor would the next answer have it, which costs as much
+        raise Refused(f"a chat completion without usage, the counts of its tokens: {_said(reply)}")
+    try:
+        return said | {key: int(usage[key]) for key in ("prompt_tokens", "completion_tokens")}
+    except (ValueError, LookupError, TypeError, OverflowError):  # not asked again: it would cost as much
+        raise Failed(f"usage {str(usage)[:200]} without prompt_tokens and completion_tokens") from None
 
 
 def _said(reply: httpx.Response) -> str:

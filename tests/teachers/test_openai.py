@@ -14,7 +14,7 @@ from q2t.config import Teacher
 from q2t.records import Completion, Problem, content_id, read_jsonl
 from q2t.teachers import openai
 from q2t.teachers.journal import Journal
-from q2t.teachers.openai import ATTEMPTS, Pointer, answers, load_pointer
+from q2t.teachers.openai import ATTEMPTS, Pointer, answers, lacks, load_pointer
 
 SECRET = "sk-very-secret"
 Reply = tuple[int, dict[str, str], bytes]
@@ -295,6 +295,41 @@ def test_a_server_that_counts_no_tokens_is_paid_once(server: Server, journal: Jo
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("usage", [{"total_tokens": 5}, {"prompt_tokens": 3, "completion_tokens": None}])
+def test_an_answer_with_half_a_count_is_paid_once_and_stops_no_other(
+    server: Server, journal: Journal, usage: dict[str, Any]
+) -> None:
+    def script(request: dict[str, Any], attempt: int) -> Reply:
+        status, headers, body = chat("a")
+        half = request["messages"][-1]["content"] == PROBLEMS[0].question
+        return status, headers, json.dumps(json.loads(body) | ({"usage": usage} if half else {})).encode()
+
+    server.script = script
+    with pytest.raises(ValueError, match=f"usage .*{list(usage)[-1]}.* without prompt_tokens and completion_tokens"):
+        ask(server, journal, batch_size=1)
+    assert len(server.requests) == len(PROBLEMS) and len(journal.rows) == len(PROBLEMS) - 1
+
+
+def test_what_a_journal_lacks_is_known_before_anything_is_asked(server: Server, journal: Journal) -> None:
+    """Then what was published has to be at hand, or it would be paid for again."""
+    teacher = Teacher(
+        model="models/pointer",
+        prompts="questions",
+        samples=2,
+        temperature=0.7,
+        top_p=0.9,
+        max_new_tokens=64,
+        batch_size=4,
+    )
+    pointer = Pointer(base_url=server.url, model="big")
+    known = {"name": "expert", "seed": 1}
+    assert lacks(PROBLEMS, teacher, pointer, journal, **known)
+    answers(PROBLEMS, teacher, pointer, journal, **known)
+    assert not lacks(PROBLEMS, teacher, pointer, journal, **known)
+    assert lacks(PROBLEMS, teacher, pointer, journal, name="expert", seed=2)
+    assert lacks([*PROBLEMS, problem(77)], teacher, pointer, journal, **known)
+
+
 def test_a_system_prompt_that_the_endpoint_would_not_get_is_refused(server: Server, journal: Journal) -> None:
     teacher = Teacher(
         model="models/pointer", prompts="questions", samples=1, temperature=0.7, top_p=0.9, max_new_tokens=64,
@@ -335,8 +370,8 @@ def test_a_full_disk_stops_the_asking(server: Server, journal: Journal, monkeypa
     server.script = slow
     monkeypatch.setattr(journal, "append", full)
     with pytest.raises(OSError, match="No space left"):
-        ask(server, journal, [problem(number) for number in range(200)])
-    assert len(server.requests) < 50
+        ask(server, journal, [problem(number) for number in range(200)], batch_size=3)
+    assert len(server.requests) <= 3
 
 
 def test_after_a_full_disk_no_failed_answer_is_asked_again(
