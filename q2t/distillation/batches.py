@@ -20,6 +20,9 @@ BUCKET = 32
 ACTIVATIONS, LAYER_INPUT = 60, 4
 """Bytes that a layer keeps for its backward, for each token and unit of width; or with gradient checkpointing, when a
 layer at a time keeps the former."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
+"""What transformers' configurations call a cap on the logits, or a factor on them."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,25 @@ def predicting_states(model: Any, batch: Batch) -> Tensor:
     everything = torch.ones_like(batch.input_ids)
     output = model.get_decoder()(input_ids=batch.input_ids, attention_mask=everything, use_cache=False)
     return output.last_hidden_state[batch.predicts]
+
+
+def output_head(model: Any) -> Tensor:
+    """The weight [vocabulary, width] whose product with `predicting_states` is the model's logits.
+
+    Raises:
+        ValueError: the model scales, caps or shifts its logits, which the losses would leave out.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    named = [name for name in CAPS if getattr(config, name, None)]
+    named += [name for name in SCALES if getattr(config, name, 1.0) != 1.0]
+    named += ["a bias of the output head"] * (getattr(head, "bias", None) is not None)
+    if named:
+        raise ValueError(
+            f"a {config.model_type} has logits with {named[0]}, which no loss here knows: take a model without it, or, "
+            "of a teacher, its words alone, from an endpoint"
+        )
+    weight: Tensor = head.weight
+    return weight
 
 
 def plan(lengths: Sequence[int], batch_size: int, micro_batch: int, *, seed: int, epoch: int) -> list[list[list[int]]]:

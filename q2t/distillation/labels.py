@@ -53,8 +53,7 @@ def label(
     import torch
     from tqdm import tqdm
 
-    from q2t.distillation.batches import collate, predicting_states
-    from q2t.distillation.losses import output_head
+    from q2t.distillation.batches import collate, output_head, predicting_states
 
     plain = encode(tokenizer, examples)
     rows = encode(tokenizer, examples, systems) if systems else plain

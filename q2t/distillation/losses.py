@@ -20,9 +20,6 @@ LOGITS = {"cpu": 2**24, "cuda": 2**27}
 """Logits that exist at one time, by device: 64 MB in float32, and 512 on a GPU, which so few leave idle."""
 FLOOR = -1e4
 """Log-probability of an empty bucket: its exponential is 0, and so is 0 * FLOOR, where 0 * -inf is nan."""
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
-"""What transformers' configurations call a cap on the logits, or a factor on them."""
 
 
 T = TypeVar("T", Tensor, float)
@@ -36,25 +33,6 @@ class Terms(NamedTuple, Generic[T]):
     distillation: T
     weighted_cross_entropy: T
     weighted_distillation: T
-
-
-def output_head(model: Any) -> Tensor:
-    """The weight [vocabulary, width] whose product with `batches.predicting_states` is the model's logits.
-
-    Raises:
-        ValueError: the model scales, caps or shifts its logits, which the losses here would leave out.
-    """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    named = [name for name in CAPS if getattr(config, name, None)]
-    named += [name for name in SCALES if getattr(config, name, 1.0) != 1.0]
-    named += ["a bias of the output head"] * (getattr(head, "bias", None) is not None)
-    if named:
-        raise ValueError(
-            f"a {config.model_type} has logits with {named[0]}, which no loss here knows: take a model without it, or "
-            "learn from its words alone, through an endpoint"
-        )
-    weight: Tensor = head.weight
-    return weight
 
 
 def chunk_size(*heads: Tensor) -> int:

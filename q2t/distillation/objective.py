@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from q2t.config import Distill
 from q2t.distillation import batches, weighting
-from q2t.distillation.losses import chunk_size, completion_loss, output_head, whole_completion_loss
+from q2t.distillation.losses import chunk_size, completion_loss, whole_completion_loss
 from q2t.distillation.online import OnlineTeacher
 from q2t.distillation.rows import Row
 
@@ -51,7 +51,7 @@ class Objective(nn.Module):
             settings: of the phase; the teacher is asked if they have `online`.
             scales: factors on the terms, beside their weights.
         """
-        head = output_head(self.student)
+        head = batches.output_head(self.student)
         batch = batches.collate(micro).to(head.device)
         teacher = self.teacher if settings.online else None
         if teacher:

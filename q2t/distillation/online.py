@@ -11,8 +11,8 @@ from torch import Tensor
 from q2t.config import Compute, Online
 from q2t.distillation import features, span_losses
 from q2t.distillation.alignment import Vocabulary, align_rows, same_vocabulary
-from q2t.distillation.batches import Batch, collate
-from q2t.distillation.losses import Whole, chunk_size, output_head
+from q2t.distillation.batches import Batch, collate, output_head
+from q2t.distillation.losses import Whole, chunk_size
 from q2t.distillation.rows import NO_SYSTEMS, Row, encode
 from q2t.distillation.weighting import EVEN, Scales
 from q2t.records import Example

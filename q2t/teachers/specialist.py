@@ -40,9 +40,12 @@ def specialize(
 
     Returns:
         The model, and the loss curve as rows of CURVE.
+
+    Raises:
+        ValueError: the model caps, scales or shifts its logits.
     """
     from datasets import Dataset
-    from torch.nn.functional import cross_entropy
+    from torch.nn.functional import cross_entropy, linear
     from torch.utils.data import SequentialSampler
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -80,7 +83,7 @@ def specialize(
                 ).last_hidden_state[:, :-1]
                 labels = inputs["labels"][:, 1:]
                 learnt = labels != -100
-                logits = model.lm_head(hidden[learnt]).float()
+                logits = linear(hidden[learnt], batches.output_head(model)).float()
                 return cross_entropy(logits, labels[learnt], reduction="sum") / num_items_in_batch
 
     prompts = [chat_prompt(tokenizer, lesson.question) for lesson in lessons]

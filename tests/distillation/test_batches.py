@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from q2t.distillation import batches
-from q2t.distillation.batches import BUCKET, calibration, collate, plan, predicting_states
+from q2t.distillation.batches import BUCKET, calibration, collate, output_head, plan, predicting_states
 
 
 def test_a_position_predicts_the_next_token(rows: Any) -> None:
@@ -143,3 +143,47 @@ def test_a_gpu_takes_micro_batches_in_equal_passes_that_fit(
     assert batches.at_once(count, tokens, config, "cuda") == expected
     assert batches.at_once(count, tokens, config, "cuda", checkpointing=True) == checkpointing
     assert batches.at_once(count, tokens, config, "cpu") == 1
+
+
+SMALL = dict(
+    vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, pad_token_id=1, eos_token_id=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "given", "named"),
+    [
+        ("Llama", {}, None),
+        ("Qwen3", {"head_dim": 8}, None),
+        ("Gemma3", {"head_dim": 8}, None),
+        ("Gemma2", {"head_dim": 8}, "final_logit_softcapping"),
+        ("RecurrentGemma", {"num_hidden_layers": 3, "lru_width": 32}, "logits_soft_cap"),
+        ("Granite", {"logits_scaling": 8.0}, "logits_scaling"),
+        ("Cohere", {}, "logit_scale"),
+        ("Phi", {}, "a bias of the output head"),
+    ],
+)
+def test_logits_that_are_more_than_a_product_are_refused(
+    architecture: str, given: dict[str, Any], named: str | None
+) -> None:
+    """A random model of each: what is let through has logits that are the states times the head, and no other."""
+    import transformers
+
+    config = getattr(transformers, f"{architecture}{'Text' * (architecture == 'Gemma3')}Config")(**SMALL | given)
+    torch.manual_seed(0)
+    network = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    head = network.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.mul_(50)  # so that a cap is felt
+        if head.bias is not None:
+            head.bias.add_(1)
+        ids = torch.arange(2, 20)[None]
+        states = network.get_decoder()(input_ids=ids).last_hidden_state
+        product = torch.allclose(network(input_ids=ids).logits, states @ head.weight.T, atol=1e-3)
+    assert product == (named is None)
+    if named is None:
+        assert output_head(network) is head.weight
+    else:
+        with pytest.raises(ValueError, match=f"has logits with {named}, which no loss here knows"):
+            output_head(network)

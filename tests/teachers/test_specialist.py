@@ -82,6 +82,21 @@ def test_micro_batches_in_one_pass_change_no_step(source, whole, tmp_path, monke
     assert [row["loss"] for row in curve] == pytest.approx([row["loss"] for row in whole["float32"][1]], rel=1e-3)
 
 
+def test_a_model_whose_logits_are_more_than_a_product_is_refused(source, tmp_path):
+    model = load_model(source)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="a llama has logits with final_logit_softcapping"):
+        specialize(
+            model,
+            load_tokenizer(source),
+            LESSONS[:8],
+            SETTINGS,
+            seed=3,
+            compute=Compute(threads=1, dtype="float32", device="cpu"),
+            checkpoints=tmp_path,
+        )
+
+
 def test_a_run_of_few_steps_has_a_curve_too(source, tmp_path):
     _, curve = run(source, tmp_path, lessons=LESSONS[:9])
     assert [row["step"] for row in curve] == [3]
