@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 PROFILES = Path(__file__).parent / "profiles"
-REPLACED = ("sources", "teachers", "filter.weights.teacher", "evaluate.models")
+REPLACED = ("sources", "teachers", "filter.weights.teacher", "label.beside", "evaluate.models")
 
 
 def apply(name: str, params: Path = Path("params.yaml"), profiles: Path = PROFILES) -> list[str]:

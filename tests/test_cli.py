@@ -63,7 +63,7 @@ filter:
   keep_incorrect: false
   weights: {domain: {target: 1.0, general: 1.0}, teacher: {}, difficulty: 0.0}
 initialize: {model: models/teacher, layers: 2, vocabulary: 400, calibration_rows: 4}
-label: {top_k: 5, batch_size: 2}
+label: {top_k: 5, batch_size: 2, beside: {}}
 distill: &distill
   seed: 1
   epochs: 1

@@ -33,6 +33,13 @@ def changed(tmp_path, change):
         (lambda p: p["distill"].update(curriculum=float("inf")), "'curriculum' in distill: .*finite number"),
         (lambda p: p["filter"]["weights"]["teacher"].update(expret=2.0), r"\['expret'\].* teachers: expert, base$"),
         (lambda p: p["filter"]["weights"]["domain"].update(genral=1.0), "'genral' in filter.weights.domain: "),
+        (lambda p: p["label"].update(beside={"models/gpt": 0.2}), "label: beside names 'models/gpt', and DVC"),
+        (
+            lambda p: p["label"].update(
+                beside={"models/teacher": 0.9, "models/sources/a": 0.3, "models/sources/b": 0.7}
+            ),
+            "beside has weights of 1 together for what expert wrote",  # its own does not count
+        ),
         (lambda p: p["evaluate"].update(lenient=["bsae"]), r"lenient names \['bsae'\].*among the models: base, "),
         (
             lambda p: p["distill"].update(online={"teacher": "elsewhere/model", "hidden": [[1, 1]]}),

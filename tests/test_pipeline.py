@@ -88,6 +88,27 @@ def test_what_was_generated_before_is_found_when_its_out_is_deleted(first):
         (first / out).write_bytes(written)
 
 
+def test_a_teacher_beside_is_mixed_into_what_the_other_wrote(first):
+    """By hand, so that dvc.lock and the cache stay as they were."""
+    import pyarrow.parquet as pq
+
+    out, before = first / "data/soft_labels/labels.parquet", (first / "params.yaml").read_text()
+    alone = pq.read_table(out)
+    try:
+        for teacher, said in (("sources/tiny", ""), ("teacher", "label.beside has no effect: no other model wrote")):
+            (first / "params.yaml").write_text(before.replace("beside: {}", f"beside: {{models/{teacher}: 0.25}}"))
+            done = run(first, "python", "-m", "stages.label", check=not said)
+            assert said in done
+        mixed = pq.read_table(out)
+    finally:
+        (first / "params.yaml").write_text(before)
+        run(first, "dvc", "checkout", "--force", "label")
+        run(first, "git", "checkout", "reports")
+    assert b"teacher.expert+0.25 models/sources/tiny" in mixed.schema.metadata.keys() - alone.schema.metadata.keys()
+    assert mixed["input_ids"] == alone["input_ids"] and mixed["tail_logprob"] != alone["tail_logprob"]
+    assert pq.read_table(out) == alone and run(first, "git", "status", "--porcelain") == ""
+
+
 def test_every_stage_shows_itself_with_its_inputs(first):
     from mlflow import MlflowClient
 

@@ -4,6 +4,7 @@ params.yaml is read as YAML 1.2, as DVC writes it (after `-S lr=5e-5` a YAML 1.1
 """
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -56,7 +57,7 @@ __all__ = [
 
 PARAMS = Path("params.yaml")
 WATCHED = re.compile(r"models/(teacher|sources/[^/]+)/?")
-"""Folders that dvc.yaml's distill and prune depend on."""
+"""Folders that dvc.yaml's label, distill and prune depend on."""
 
 
 class Source(Section):
@@ -192,6 +193,12 @@ class Initialize(Section):
 class Label(Section):
     top_k: int = Field(gt=0)
     batch_size: int = Field(gt=0)
+    beside: dict[str, Annotated[float, Field(gt=0, lt=1)]]
+    """Model folders mixed into the labels of what others wrote, by weight; the writer has what is left of 1."""
+
+    def beside_writer(self, folder: str) -> dict[str, float]:
+        """Those that are mixed into the labels of what the model in `folder` wrote."""
+        return {other: weight for other, weight in self.beside.items() if Path(other) != Path(folder)}
 
 
 class Export(Section):
@@ -256,6 +263,12 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _teachers_are_watched(self) -> "Params":
+        for folder in self.label.beside:
+            if not WATCHED.fullmatch(folder):
+                raise ValueError(
+                    f"label: beside names {folder!r}, and DVC would not see it change: name models/teacher or "
+                    "models/sources/NAME, and put other models into sources; an endpoint has no probabilities to mix"
+                )
         for name, section in (("distill", self.distill), ("prune", self.prune)):
             for phase in section.in_phases():
                 for key, given in (("online", phase.online), ("on_policy", phase.on_policy)):
@@ -264,6 +277,17 @@ class Params(Section):
                             f"{name}: {key}.teacher is {given.teacher!r}, and DVC would not see it change: name "
                             "models/teacher or models/sources/NAME, and put other models into sources"
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _writers_have_a_say(self) -> "Params":
+        for name in self.filter.teachers:
+            if name in self.teachers:
+                together = math.fsum(self.label.beside_writer(self.teachers[name].model).values())
+                if together > 1 - 1e-6:
+                    raise ValueError(
+                        f"label: beside has weights of {together:g} together for what {name} wrote: leave it some of 1"
+                    )
         return self
 
 

@@ -1,11 +1,12 @@
-"""Soft labels: what the writer of a row would have said at each of its tokens, in the row itself, in student
+"""Soft labels: what the writer of a row, and teachers beside it, would have said at each of its tokens, in student
 ids."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,18 @@ CHUNK = 256
 """Positions whose logits exist at one time."""
 
 
+class Beside(NamedTuple):
+    """A teacher that is mixed into the labels of what another wrote."""
+
+    model: Any
+    tokenizer: Any
+    """Has the writer's ids for all that the student knows."""
+    system: str
+    """What it is told before a question, as when it answers."""
+    weight: float
+    """Its share of the mixture."""
+
+
 def label(
     model: Any,
     tokenizer: Any,
@@ -33,8 +46,13 @@ def label(
     to_student: "Tensor | None",
     student_tokenizer: Any,
     systems: Mapping[str, str] = NO_SYSTEMS,
+    beside: Sequence[Beside] = (),
 ) -> list[Row]:
     """Rows with the log-probabilities of `model`, which wrote them, in the order of the examples.
+
+    With others beside it, those of the mixture: the mean of all distributions by weight (You et al., Learning from
+    Multiple Teacher Networks, KDD 2017, who soften each first; here the mixture is softened, in the loss). Each teacher
+    reads the question in its own chat template.
 
     Args:
         model: the writer, a causal language model.
@@ -45,10 +63,11 @@ def label(
             same.
         student_tokenizer: has to give the mapped ids on every row.
         systems: as for `encode`, of the writer's.
+        beside: the writer has what their weights leave of 1.
 
     Raises:
         ValueError: a row is segmented otherwise by the student; names the row. Or top_k is not smaller than
-            the shared vocabulary.
+            the shared vocabulary, or a teacher beside reads a row in other tokens.
     """
     import torch
     from tqdm import tqdm
@@ -58,8 +77,13 @@ def label(
     plain = encode(tokenizer, examples)
     rows = encode(tokenizer, examples, systems) if systems else plain
     student_rows = encode(student_tokenizer, examples)
-    head = output_head(model)
-    device = head.device
+    models, read = [model, *(other.model for other in beside)], [rows]
+    for other in beside:
+        read.append(encode(other.tokenizer, examples, {e.teacher: other.system for e in examples}))
+        _check_completions(rows, read[-1])
+    weights = [1 - math.fsum(other.weight for other in beside), *(other.weight for other in beside)]
+    heads = [output_head(each) for each in models]
+    head, device = heads[0], heads[0].device
     to_student = torch.arange(len(head)) if to_student is None else to_student.cpu()
     to_student = cover(to_student, tokenizer)
     _check_segmentation(plain, student_rows, to_student.numpy(), student_tokenizer)
@@ -75,17 +99,19 @@ def label(
     # Longest first: what does not fit into memory fails at once.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     labelled: dict[int, Row] = {}
-    model.eval()
-    attention = model.config._attn_implementation
-    if device.type == "cpu" and head.dtype == torch.bfloat16:
-        # The fused kernel is slow there: 6.3 s for 64 rows against 5.2.
-        model.set_attn_implementation("eager")
+    attention = [each.config._attn_implementation for each in models]
+    for each in models:
+        each.eval()
+        if device.type == "cpu" and head.dtype == torch.bfloat16:
+            # The fused kernel is slow there: 6.3 s for 64 rows against 5.2.
+            each.set_attn_implementation("eager")
     with torch.inference_mode(), tqdm(total=len(rows), desc="label", unit="row") as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = collate([rows[i] for i in chosen]).to(device)
-            hidden = predicting_states(model, batch)
-            parts = [_top(part @ head.T, of_teacher, top_k) for part in hidden.split(CHUNK)]
+            batches = [collate([each[i] for i in chosen]).to(device) for each in read]
+            states = [predicting_states(*each).split(CHUNK) for each in zip(models, batches, strict=True)]
+            mixed = (_mixed(part, heads, weights) for part in zip(*states, strict=True))
+            parts = [_top(logits, of_teacher, top_k) for logits in mixed]
             columns, top_logprobs, tail_logprob = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
             top_ids = of_student[columns].astype(id_type)
             top_logprobs = top_logprobs.astype(np.float16)
@@ -99,7 +125,8 @@ def label(
                     tail_logprob=tail_logprob[begin:end],
                 )
             bar.update(len(chosen))
-    model.set_attn_implementation(attention)
+    for each, kind in zip(models, attention, strict=True):
+        each.set_attn_implementation(kind)
     return [labelled[i] for i in range(len(rows))]
 
 
@@ -109,6 +136,24 @@ def cover(to_student: "Tensor", teacher: Any) -> "Tensor":
 
     later = max(teacher.get_vocab().values()) + 1 - len(to_student)
     return torch.nn.functional.pad(to_student, (0, max(0, later)), value=-1)
+
+
+def _mixed(states: Sequence["Tensor"], heads: Sequence["Tensor"], weights: Sequence[float]) -> "Tensor":
+    """Logits [tokens, vocabulary] of the mean of several models' distributions; a single one's are its own.
+
+    Heads may be padded to unequal numbers of tokens; the longest counts.
+    """
+    from torch.nn.functional import pad
+
+    if len(heads) == 1:
+        return states[0] @ heads[0].T
+    longest, mixed = max(map(len, heads)), None
+    for part, head, weight in zip(states, heads, weights, strict=True):
+        logs = (part @ head.T).float().log_softmax(1) + math.log(weight)
+        logs = pad(logs, (0, longest - len(head)), value=-math.inf)
+        mixed = logs if mixed is None else mixed.logaddexp(logs)
+    assert mixed is not None
+    return mixed
 
 
 def _top(logits: "Tensor", of_teacher: "Tensor", k: int) -> tuple["Tensor", "Tensor", "Tensor"]:
@@ -139,6 +184,15 @@ def _check_segmentation(rows: list[Row], student_rows: list[Row], to_student: np
             f"{expected.input_ids[at : at + 1].tolist()} {token} by the student's tokenizer: "
             "labels would belong to other tokens. Rebuild the student's vocabulary from these rows"
         )
+
+
+def _check_completions(rows: list[Row], beside: list[Row]) -> None:
+    for row, other in zip(rows, beside, strict=True):
+        if not np.array_equal(row.input_ids[row.prompt_length :], other.input_ids[other.prompt_length :]):
+            raise ValueError(
+                f"row {row.id}: a teacher beside reads it in other tokens than its writer, so that their labels can't "
+                "be mixed: leave it out of label.beside"
+            )
 
 
 def write(path: Path, rows: Sequence[Row], *, top_k: int, teachers: dict[str, str]) -> None:

@@ -16,8 +16,10 @@ from tokenizers import Tokenizer
 
 from q2t.distillation import labels
 from q2t.distillation.batches import collate
+from q2t.distillation.labels import Beside
 from q2t.distillation.losses import completion_loss
 from q2t.distillation.rows import Row, encode
+from q2t.sources import chat_prompt
 
 
 def call(model: Any, teacher: Any, examples: Any, **changed: Any) -> list[Row]:
@@ -89,6 +91,68 @@ def test_labels_are_the_models_logprobs(model: Any, tokenizer: Any, examples: An
     np.testing.assert_allclose(row.top_logprobs, top, rtol=1e-3)
     mass = np.exp(row.top_logprobs.astype(float)).sum(1) + np.exp(row.tail_logprob)
     np.testing.assert_allclose(mass, 1, atol=2e-3)
+
+
+def test_labels_of_several_teachers_are_those_of_their_mixture(model: Any, tokenizer: Any, examples: Any) -> None:
+    writer, others = model(0), [model(1), model(2)]
+    k = 299  # all but one: nothing hides in the tail
+    beside = [Beside(each, tokenizer(), "", share) for each, share in zip(others, (0.3, 0.2), strict=True)]
+    rows = call(writer, tokenizer(), examples(5), top_k=k, beside=beside)
+    for row in rows:
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
+        with torch.no_grad():
+            said = [each(input_ids=ids).logits[0, row.prompt_length - 1 : -1].softmax(1) for each in (writer, *others)]
+        mixture = 0.5 * said[0] + 0.3 * said[1] + 0.2 * said[2]
+        expected = mixture.log().gather(1, torch.from_numpy(row.top_ids.astype(np.int64)))
+        torch.testing.assert_close(torch.from_numpy(row.top_logprobs).float(), expected, rtol=2e-3, atol=2e-3)
+        assert (expected.diff(dim=1) <= 1e-3).all()  # the likeliest of the mixture first
+
+
+def test_a_teacher_beside_itself_changes_no_label(model: Any, tokenizer: Any, examples: Any) -> None:
+    alone = call(model(), tokenizer(), examples(5))
+    twice = call(model(), tokenizer(), examples(5), beside=[Beside(model(), tokenizer(), "", 0.4)])
+    for a, b in zip(alone, twice, strict=True):
+        assert np.array_equal(a.top_ids, b.top_ids)
+        np.testing.assert_allclose(a.top_logprobs.astype(float), b.top_logprobs.astype(float), atol=4e-3)
+        np.testing.assert_allclose(a.tail_logprob, b.tail_logprob, atol=1e-5)
+
+
+def test_a_teacher_beside_reads_the_question_behind_its_own_prompt(model: Any, tokenizer: Any, examples: Any) -> None:
+    network = model(1)
+    for told in ("", "Be brief."):
+        rows = call(model(0), tokenizer(), examples(3), top_k=299, beside=[Beside(network, tokenizer(), told, 0.5)])
+        for row, example in zip(rows, examples(3), strict=True):
+            before = tokenizer()(chat_prompt(tokenizer(), example.question, told), add_special_tokens=False).input_ids
+            after = row.input_ids[row.prompt_length :]
+            with torch.no_grad():
+                said = network(torch.tensor([[*before, *after]]).long()).logits[0, len(before) - 1 : -1].softmax(1)
+                own = (
+                    model(0)(torch.tensor(row.input_ids[None]).long()).logits[0, row.prompt_length - 1 : -1].softmax(1)
+                )
+            expected = (0.5 * said + 0.5 * own).log().gather(1, torch.from_numpy(row.top_ids.astype(np.int64)))
+            torch.testing.assert_close(torch.from_numpy(row.top_logprobs).float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_heads_of_teachers_may_be_padded_to_unequal_lengths(model: Any, tokenizer: Any, examples: Any) -> None:
+    """No token that counts is in the padding, whichever of them has it."""
+    padded = model(1)
+    padded.resize_token_embeddings(310)
+    with torch.no_grad():
+        padded.get_output_embeddings().weight[300:] = 0.0
+    rows = call(model(0), tokenizer(), examples(3), top_k=299, beside=[Beside(padded, tokenizer(), "", 0.5)])
+    for row in rows:
+        ids = torch.tensor(row.input_ids[None]).long()
+        with torch.no_grad():
+            said = [m(ids).logits[0, row.prompt_length - 1 : -1].softmax(1)[:, :300] for m in (model(0), padded)]
+        mixture = (0.5 * said[0] + 0.5 * said[1]).log()
+        expected = mixture.gather(1, torch.from_numpy(row.top_ids.astype(np.int64)))
+        torch.testing.assert_close(torch.from_numpy(row.top_logprobs).float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_teacher_beside_of_other_tokens_is_refused(model: Any, tokenizer: Any, examples: Any) -> None:
+    other = tokenizer(("<|im_end|>", "<|endoftext|>", "<|im_start|>"))
+    with pytest.raises(ValueError, match="row .*: a teacher beside reads it in other tokens than its writer"):
+        call(model(), tokenizer(), examples(1), beside=[Beside(model(1), other, "", 0.4)])
 
 
 def test_a_sure_teachers_tail_keeps_its_digits() -> None:
