@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_model
 
 from q2t.config import Compute, Distill
-from q2t.distillation import loop
+from q2t.distillation import loop, weighting
 from q2t.distillation.objective import Objective
 from q2t.distillation.rows import Row
 from q2t.records import Example
@@ -171,7 +171,8 @@ def weights(model: Any, path: Path) -> bytes:
 
 def step_gradient(model: Any, micro_batches: list[Any], settings: Any, accelerator: Any) -> Any:
     model.zero_grad()
-    losses = loop.accumulate(Objective(model), micro_batches, settings, accelerator)
+    scales = weighting.Scales(distillation=2.5) if settings.balance else weighting.EVEN  # as after some steps
+    losses = loop.accumulate(Objective(model), micro_batches, settings, accelerator, scales)
     return losses, [p.grad.clone() for p in model.parameters()]
 
 

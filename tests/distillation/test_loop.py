@@ -15,7 +15,7 @@ import torch
 from q2t.distillation import loop, objective
 from q2t.distillation.batches import collate
 
-METHODS: dict[str, dict[str, Any]] = {
+LOSSES: dict[str, dict[str, Any]] = {
     "default": {},
     "reverse_kl": {"divergence": "reverse_kl", "temperature": 1.0},
     "jsd": {"divergence": "jsd", "beta": 0.3},
@@ -26,12 +26,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "teacher only": {"teacher_only": ["target"]},
     "reasoning": {"reasoning": 0.1},
     "several": {"reasoning": 0.3, "curriculum": 1.0, "divergence": "jsd"},
-    "cosine": {"schedule": "cosine", "spike_factor": 20.0},
 }
+METHODS = LOSSES | {"cosine": {"schedule": "cosine", "spike_factor": 20.0}}
+every_loss = pytest.mark.parametrize("changes", LOSSES.values(), ids=LOSSES)
 every_method = pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
 
 
-@every_method
+@every_loss
 @pytest.mark.parametrize("count", [8, 5])
 def test_the_split_into_micro_batches_changes_nothing(
     gradient: Any, count: int, changes: dict[str, Any], model: Any, rows: Any, settings: Any, accelerator: Any
@@ -76,7 +77,7 @@ def test_the_loss_is_that_of_the_definition(
     assert kl == 0
 
 
-@every_method
+@every_loss
 def test_only_positions_that_predict_completions_get_a_gradient(
     gradient: Any,
     changes: dict[str, Any],
