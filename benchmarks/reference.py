@@ -141,14 +141,15 @@ def steps(params: Params, length: int, kept: float, gpus: int, share: float) -> 
     answers = problems * expert.samples
     rows = round(answers * kept)
     asked = len(params.capability.families) * params.capability.test
+    twice = asked * (1 + ("teacher" in params.evaluate.lenient))
     size = expert.batch_size
     lengths = Lengths(length, expert.max_new_tokens)
     return [
         generation(f"generate: {answers:,} answers", teacher, answers, lengths, size, share),
         training("distill", student, teacher, rows, lengths, params.distill.epochs, gpus, share),
         training("prune, heal", pruned, teacher, rows, lengths, params.prune.epochs, gpus, share),
-        generation("evaluate: teacher", teacher, asked, lengths, size, share),
-        generation("evaluate: pruned student", pruned, asked, lengths, size, share),
+        generation(f"evaluate: teacher, {twice:,} answers", teacher, twice, lengths, size, share),
+        generation(f"evaluate: pruned student, {asked:,} answers", pruned, asked, lengths, size, share),
     ]
 
 
