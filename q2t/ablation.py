@@ -196,7 +196,8 @@ def controls(root: Path = Path(".")) -> str:
     spread = _groups()["controls"]["spread"]
     lines = [_accuracies(rows)]
     found = [row for name, row in rows.items() if name.removesuffix(EARLIER) in spread]
-    if len(found) == len(spread) and len({row["started_from"] for row in found}) == 1:
+    beside_seed = [(row["started_from"], row["changes"] | {"distill.seed": None}) for row in found]
+    if len(found) == len(spread) and all(each == beside_seed[0] for each in beside_seed):
         seeds = [row["accuracy"] for row in found]
         lines += [
             "",

@@ -123,6 +123,14 @@ def test_seeds_of_one_earlier_teacher_show_their_spread(teachers, told, tmp_path
     assert said == told
 
 
+def test_seeds_of_other_settings_show_no_spread(tmp_path):
+    write(tmp_path, "controls", default=0.5, seed_8=0.62, seed_9=0.44)
+    path = tmp_path / "reports/ablations/seed-9.json"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(row | {"changes": row["changes"] | {"filter.max_rows": 1}}))
+    assert "moves accuracy" not in ablation.controls(tmp_path)
+
+
 def test_sizes_from_another_student_are_marked(tmp_path):
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports/summary.json").write_text("{}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from q2t import report
+from q2t.report.dataset import source_of
 from q2t.report.summary import TEACHER, chance, load, markdown_table, measured
 
 TAGS = sorted(["distillation", "electronics", "onnx", "pruning", "q2t", "text-generation"])
@@ -14,20 +15,21 @@ TAGS = sorted(["distillation", "electronics", "onnx", "pruning", "q2t", "text-ge
 def render(reports: Path, params: Mapping[str, Any]) -> str:
     """The card as Markdown with the Hub's front matter, from reports/summary.json and metrics/filter.json.
 
-    It describes the last model of `evaluate.models`. The license is that of the source from which the
-    teacher was made, since the student is cut from it.
+    It describes the last model of `evaluate.models`. Base model and license are those of the source that the student is
+    cut from: `initialize.model`, or what the teacher was made of.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
     summary = load(reports)
     final = list(summary)[-1]
+    origin = source_of(params, params["initialize"]["model"])
     source = params["sources"][params["specialize"]["source"]]
     data = ModelCardData(
         model_name=f"q2t {final}",
-        base_model=source.get("base_model") or hub_id(source),
+        base_model=origin.get("base_model") or hub_id(origin),
         language="en",
         library_name="transformers",
-        license=(source.get("license") or "unknown").lower(),
+        license=str(origin.get("license") or "unknown").lower(),
         metrics=["accuracy"],
         pipeline_tag="text-generation",
         tags=TAGS,

@@ -75,11 +75,15 @@ def render(reports: Path, examples: Path, params: Mapping[str, Any]) -> str:
 
 
 def license_of(params: Mapping[str, Any], model: str) -> str:
-    """The licence of the source behind a teacher's model; "other" for an endpoint: its provider's terms hold."""
-    if model == "models/teacher":  # made of a source
-        return str(params["sources"][params["specialize"]["source"]].get("license") or "unknown")
-    source = params["sources"].get(model.removeprefix("models/sources/"), {"license": "other"})
-    return str(source.get("license") or "unknown")
+    """The licence of the source behind a teacher's model."""
+    return str(source_of(params, model).get("license") or "unknown")
+
+
+def source_of(params: Mapping[str, Any], model: str) -> Mapping[str, Any]:
+    """The entry of `sources` behind a model's folder; of an endpoint the license "other": its provider's terms hold."""
+    name = params["specialize"]["source"] if model == "models/teacher" else model.removeprefix("models/sources/")
+    source: Mapping[str, Any] = params["sources"].get(name, {"license": "other"})
+    return source
 
 
 def size_category(rows: int) -> str:

@@ -96,6 +96,7 @@ def make_results(root: Path) -> Results:
         },
         "capability": {"families": FAMILIES, "test": PROBLEMS},
         "specialize": {"source": "smollm", "epochs": 2, "learning_rate": 0.0005},
+        "initialize": {"model": "models/teacher"},
         "teachers": {
             "expert": {"model": "models/teacher", "samples": 4},
             "base": {"model": "models/sources/smollm", "samples": 2},

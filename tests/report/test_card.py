@@ -65,6 +65,20 @@ def test_a_registry_source_can_name_its_base_model(results: Results) -> None:
     assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+def test_a_student_of_another_model_than_the_teacher_has_that_ones_licence(results: Results) -> None:
+    results.params["sources"]["gemma"] = {"hub": "google/gemma-3-4b-it@0123", "license": "gemma"}
+    results.params["initialize"]["model"] = "models/sources/gemma"
+    made = _card(results)
+    assert (made.data.base_model, made.data.license) == ("google/gemma-3-4b-it", "gemma")
+    assert "The teacher was made from HuggingFaceTB/SmolLM2-135M-Instruct" in made.text
+
+
+@pytest.mark.parametrize("share, said", [(0.8, "80% are answers"), (0.975, "97.5% are answers")])
+def test_the_share_of_the_families_is_exact(results: Results, share: float, said: str) -> None:
+    results.params["filter"]["target_share"] = share
+    assert said in _card(results).text
+
+
 def test_bytes_repeat_and_name_no_machine_path(results: Results, tmp_path: Path) -> None:
     first = _card(results).content
     assert _card(results).content == first
