@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ WHITELIST = (
     "chat_template.jinja",
 )
 """All that a model folder holds. Nothing else that a trainer or a converter leaves behind is published."""
+
+TODAY = date(2024, 7, 26)
+"""What templates that tell a model the date are given (Llama 3's falls back to this one): a prompt knows no clock."""
 
 # Where a model was before and who wrote it: the same model elsewhere would be other bytes.
 _NOISE = {
@@ -146,7 +150,7 @@ def _text_only(model: Any) -> Any:
 def _end_with_the_turn(model: Any, tokenizer: Any) -> None:
     """Let a text end where the template ends an answer: gemma's eos is another token than its <end_of_turn>."""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "An answer"}]
-    answered = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("An answer")[2]
+    answered = render(tokenizer, turns).rpartition("An answer")[2]
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [index for index in tokenizer(answered, add_special_tokens=False).input_ids if index in special]
     if ends:
@@ -202,8 +206,16 @@ def chat_prompt(tokenizer: Any, question: str, system: str = "") -> str:
     """The question in the model's chat template, up to where the answer begins."""
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": question})
-    rendered: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return rendered
+    return render(tokenizer, turns, begin_answer=True)
+
+
+def render(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, begin_answer: bool = False) -> str:
+    """A chat in the model's template: the same text on every day."""
+    return str(
+        tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=begin_answer, strftime_now=TODAY.strftime
+        )
+    )
 
 
 def load_model(folder: Path, dtype: str = "float32") -> Any:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from q2t.capability.families import verify
 from q2t.deployment.runtime import Request
 from q2t.records import Problem, Verdict
+from q2t.sources import render
 
 SHOTS = 3
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
@@ -81,9 +82,9 @@ def requests(
         for lesson in before[problem.family]:
             turns.append({"role": "user", "content": lesson.question})
             turns.append({"role": "assistant", "content": lesson.solution})
-        shown = str(tokenizer.apply_chat_template(turns, tokenize=False)) if turns else ""
+        shown = render(tokenizer, turns) if turns else ""
         turns.append({"role": "user", "content": problem.question})
-        prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        prompt = render(tokenizer, turns, begin_answer=True)
         begin, whole = tokenizer([shown, prompt], add_special_tokens=False).input_ids
         # A template may end the last turn in another way than those before it, or a token may reach into the next turn.
         rendered.append(Request(prompt, shared=shown if whole[: len(begin)] == begin else ""))
