@@ -108,8 +108,8 @@ class Compute(Section):
 
     threads: int = Field(gt=0)
     dtype: Literal["float32", "bfloat16"]
-    device: str
-    """"cpu", "cuda" or "cuda:N"."""
+    device: Literal["cpu", "cuda"]
+    """Of several GPUs, CUDA_VISIBLE_DEVICES chooses the one: which it is changes no result."""
 
 
 class Capability(Section):

@@ -89,12 +89,17 @@ def calibration(rows: Sequence[Row], size: int = 16) -> Iterator[dict[str, Tenso
         yield {"input_ids": input_ids, "attention_mask": mask.long()}
 
 
-def room(device: str) -> int:
-    """Bytes that a forward pass may keep for its backward: an eighth of a GPU's memory."""
-    return int(torch.cuda.get_device_properties(device).total_memory) // 8
+def held(model: torch.nn.Module) -> int:
+    """Bytes that training holds from step to step: all weights, and of those trained a gradient and two moments."""
+    return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
 
 
-def at_once(count: int, tokens: int, config: Any, device: str, *, checkpointing: bool = False) -> int:
+def room(device: str, held: int) -> int:
+    """Bytes that a forward pass may keep for its backward: a quarter of what `held` bytes leave of a GPU's memory."""
+    return max(0, int(torch.cuda.get_device_properties(device).total_memory) - held) // 4
+
+
+def at_once(count: int, tokens: int, config: Any, device: str, held: int, *, checkpointing: bool = False) -> int:
     """How many of `count` micro-batches go through a model of this configuration in one pass: 1 on a CPU.
 
     A GPU is done with a small model's four rows before the next kernel is launched. Padding to the longest row costs it
@@ -103,13 +108,14 @@ def at_once(count: int, tokens: int, config: Any, device: str, *, checkpointing:
     Args:
         count: micro-batches of a step and process, as many as the process with the most has.
         tokens: of the largest micro-batch of the step, its rows as long as the longest.
+        held: bytes of the device that are taken.
         checkpointing: activations are computed again for the gradient.
     """
     if device == "cpu":
         return 1
     layers = config.num_hidden_layers
     each = LAYER_INPUT * layers + ACTIVATIONS if checkpointing else ACTIVATIONS * layers
-    most = max(1, room(device) // (tokens * each * config.hidden_size))
+    most = max(1, room(device, held) // (tokens * each * config.hidden_size))
     return math.ceil(count / math.ceil(count / most))  # in equal passes: a last one of few rows takes as long
 
 

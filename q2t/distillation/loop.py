@@ -183,7 +183,7 @@ def accumulate(
     tokens = sum(row.completion_tokens for micro in micro_batches for row in micro)
     dealt = list(micro_batches[accelerator.process_index :: accelerator.num_processes])
     share = math.ceil(len(micro_batches) / accelerator.num_processes)
-    size = _at_once(share, micro_batches, objective.student.config, settings, accelerator.device.type)
+    size = _at_once(share, micro_batches, objective, settings, accelerator.device.type)
     own = [list(chain(*dealt[i : i + size])) for i in range(0, len(dealt), size)]
     sharded = sharding.is_sharded(objective)
     # Whoever has shards of a layer takes part whenever one runs: with rows that count nothing, if it has no others.
@@ -210,12 +210,17 @@ def accumulate(
     return Losses(*(value / tokens for value in sums))
 
 
-def _at_once(count: int, micro_batches: Sequence[Sequence[Row]], config: Any, settings: Distill, device: str) -> int:
+def _at_once(
+    count: int, micro_batches: Sequence[Sequence[Row]], objective: Objective, settings: Distill, device: str
+) -> int:
     """As `batches.at_once`, of what all processes know."""
     if settings.online and settings.online.attention:
         return 1  # maps grow with the square of a row's length
     tokens = max(len(micro) * max(len(row.input_ids) for row in micro) for micro in micro_batches)
-    return batches.at_once(count, tokens, config, device, checkpointing=settings.gradient_checkpointing)
+    config, held = objective.student.config, batches.held(objective)
+    if objective.teacher:
+        held += batches.held(objective.teacher.model)
+    return batches.at_once(count, tokens, config, device, held, checkpointing=settings.gradient_checkpointing)
 
 
 def is_spike(norm: float, earlier: Sequence[float], factor: float | None) -> bool:

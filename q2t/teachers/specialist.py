@@ -110,7 +110,8 @@ def specialize(
     # A GPU takes several micro-batches in one pass, which changes no step.
     order = [row for group in sorted(groups, key=len, reverse=True) for row in group]
     parts = settings.batch_size // micro
-    together = batches.at_once(parts, micro * max(lengths), model.config, compute.device.partition(":")[0])
+    held = batches.held(model)
+    together = batches.at_once(parts, micro * max(lengths), model.config, compute.device, held)
     at_once = micro * max(n for n in range(1, together + 1) if parts % n == 0)
     # The trainer forgets its running loss at a resume: there must be none at a checkpoint but the last.
     assert save_every % LOG_EVERY == 0

@@ -139,10 +139,10 @@ def test_a_gpu_takes_micro_batches_in_equal_passes_that_fit(
 ) -> None:
     config, tokens = model().config, 4 * 96
     one = tokens * batches.ACTIVATIONS * config.num_hidden_layers * config.hidden_size
-    monkeypatch.setattr(batches, "room", lambda device: room * one + one // 2)
-    assert batches.at_once(count, tokens, config, "cuda") == expected
-    assert batches.at_once(count, tokens, config, "cuda", checkpointing=True) == checkpointing
-    assert batches.at_once(count, tokens, config, "cpu") == 1
+    monkeypatch.setattr(batches, "room", lambda device, held: room * one + one // 2)
+    assert batches.at_once(count, tokens, config, "cuda", 0) == expected
+    assert batches.at_once(count, tokens, config, "cuda", 0, checkpointing=True) == checkpointing
+    assert batches.at_once(count, tokens, config, "cpu", 0) == 1
 
 
 SMALL = dict(

@@ -83,7 +83,7 @@ def test_micro_batches_that_go_through_at_once_give_the_same_curve(
     monkeypatch.setattr(Objective, "forward", lambda *given: passes.append(len(given[1])) or forward(*given))
     _, together = run(model, rows, settings, on_gpu("float32"), tmp_path / "together")
     assert passes == 2 * [8, 8, 6]
-    monkeypatch.setattr(batches, "room", lambda device: 1)
+    monkeypatch.setattr(batches, "room", lambda device, held: 1)
     _, one_by_one = run(model, rows, settings, on_gpu("float32"), tmp_path / "one by one")
     assert passes[6:] == 2 * [4, 4, 4, 4, 4, 2]
     np.testing.assert_allclose(curve(together), curve(one_by_one), rtol=1e-3, atol=1e-5)
