@@ -188,6 +188,7 @@ def _rebuild(
         chat_template=tokenizer.chat_template,
         clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
         model_max_length=tokenizer.model_max_length,
+        model_input_names=tokenizer.model_input_names,
         padding_side=tokenizer.padding_side,
         truncation_side=tokenizer.truncation_side,
     )

@@ -56,6 +56,7 @@ def teacher() -> PreTrainedTokenizerFast:
         additional_special_tokens=["<last>"],
         chat_template="{{ messages[0]['content'] }}",
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

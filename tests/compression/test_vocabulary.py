@@ -97,6 +97,7 @@ def test_settings_are_kept_and_post_processor_renumbered(teacher, trimmed):
     )
     assert student("ohm")["input_ids"][0] == 479  # the template adds <last>
     assert not student.clean_up_tokenization_spaces
+    assert set(student("ohm")) == set(teacher("ohm")) == {"input_ids", "attention_mask"}  # what `generate` takes
 
 
 def test_trimming_is_deterministic_and_ignores_what_the_last_call_left(teacher, trimmed, texts, tmp_path):
