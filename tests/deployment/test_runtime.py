@@ -45,6 +45,18 @@ def test_stream_is_the_greedy_answer_in_pieces(folder):
     )
 
 
+def test_a_text_is_not_cleaned_up(folder):
+    """Llama 3's tokenizer would: there " .5" loses its space, and a stream that takes it back a character."""
+    runtime = load(folder, COMPUTE)
+    runtime.tokenizer.clean_up_tokenization_spaces = True
+    said = "R1 , a 4.7 ohm , takes .5 A ."
+    tokens = [*runtime.tokenizer(said).input_ids, runtime.tokenizer.eos_token_id]
+    assert runtime.tokenizer.decode(tokens, skip_special_tokens=True) != said
+    runtime._steps = lambda requests, *_: ({0: token} for token in tokens)
+    assert "".join(runtime.stream("?", max_new_tokens=50)) == said
+    assert answers(runtime, [Request("?")])[0].text == said
+
+
 def test_a_row_samples_from_its_own_stream_whatever_shares_its_batch(folder):
     runtime = load(folder, COMPUTE)
     requests = [Request(runtime.prompt(QUESTIONS[i % 4]), seed=i) for i in range(8)]
