@@ -49,7 +49,7 @@ def main() -> None:
                 )
                 rows = encode(student, written)
             else:
-                others = settings.beside_writer(params.teachers[name].model)
+                others = settings.beside_writer(params.teachers[name].model) if written else {}
                 rows = label(
                     load_model(folder, params.compute.dtype).to(params.compute.device),
                     tokenizer,

@@ -31,7 +31,7 @@ class Beside(NamedTuple):
     tokenizer: Any
     """Has the writer's ids for all that the student knows."""
     system: str
-    """What it is told before a question, as when it answers."""
+    """What it is told before a question of the target domain, as when it answers."""
     weight: float
     """Its share of the mixture."""
 
@@ -79,7 +79,8 @@ def label(
     student_rows = encode(student_tokenizer, examples)
     models, read = [model, *(other.model for other in beside)], [rows]
     for other in beside:
-        read.append(encode(other.tokenizer, examples, {e.teacher: other.system for e in examples}))
+        told = {e.teacher: other.system for e in examples if e.domain == "target"}  # no teacher writes of both domains
+        read.append(encode(other.tokenizer, examples, told))
         _check_completions(rows, read[-1])
     weights = [1 - math.fsum(other.weight for other in beside), *(other.weight for other in beside)]
     heads = [output_head(each) for each in models]
@@ -267,7 +268,7 @@ def _arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
     if column.num_chunks == 0:
         return []
     array = column.chunk(0)
-    offsets = array.offsets.to_numpy()
+    offsets = array.offsets.to_numpy().astype(np.int64)  # of tokens, and soon of k times as many
     flat = array.values
     if pa.types.is_fixed_size_list(flat.type):
         offsets, flat = offsets * flat.type.list_size, flat.values

@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -131,6 +132,23 @@ def test_a_teacher_beside_reads_the_question_behind_its_own_prompt(model: Any, t
                 )
             expected = (0.5 * said + 0.5 * own).log().gather(1, torch.from_numpy(row.top_ids.astype(np.int64)))
             torch.testing.assert_close(torch.from_numpy(row.top_logprobs).float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_teacher_beside_is_told_nothing_before_a_general_question(model: Any, tokenizer: Any, examples: Any) -> None:
+    general = [example.model_copy(update={"domain": "general"}) for example in examples(3)]
+
+    def labels(told: str) -> list[Row]:
+        return call(model(0), tokenizer(), general, beside=[Beside(model(1), tokenizer(), told, 0.5)])
+
+    for told, plain in zip(labels("Be brief."), labels(""), strict=True):
+        assert np.array_equal(told.top_logprobs, plain.top_logprobs)
+
+
+def test_more_than_two_billion_labels_are_told_apart() -> None:
+    """Their places, as many as tokens by k, are more than the 32 bits hold that Arrow counts the tokens in."""
+    values = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(2**31 + 2**16, np.uint8)), 2**16)
+    lists = pa.ListArray.from_arrays(pa.array([0, 2**15, 2**15 + 1], pa.int32()), values)
+    assert [len(one) for one in labels._arrays(pa.chunked_array([lists]))] == [2**31, 2**16]
 
 
 def test_heads_of_teachers_may_be_padded_to_unequal_lengths(model: Any, tokenizer: Any, examples: Any) -> None:
