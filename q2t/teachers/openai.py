@@ -116,7 +116,8 @@ def answers(
     if missing := [question for question in wanted if question.key not in journal.rows]:
         secret = _secret(pointer)
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        with httpx.Client(base_url=pointer.base_url, headers=headers, timeout=TIMEOUT) as client:
+        limits = httpx.Limits(max_connections=teacher.batch_size)
+        with httpx.Client(base_url=pointer.base_url, headers=headers, timeout=TIMEOUT, limits=limits) as client:
             failed = _ask_all(missing, client, teacher, pointer, journal, name)
         if failed:
             report = _report(failed, len(missing), name)

@@ -26,6 +26,7 @@ class Server(ThreadingHTTPServer):
     """An endpoint on loopback that answers as its script says and remembers what it was asked."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -350,6 +351,19 @@ def test_no_more_requests_at_once_than_asked_for(server: Server, journal: Journa
     server.script = slow
     ask(server, journal, batch_size=3)
     assert server.most_at_once == 3
+
+
+def test_as_many_requests_at_once_as_asked_for(server: Server, journal: Journal) -> None:
+    """httpx opens a hundred connections, unless told otherwise."""
+    together = threading.Barrier(110)
+
+    def meet(request: dict[str, Any], attempt: int) -> Reply:
+        together.wait(timeout=30)
+        return chat("a")
+
+    server.script = meet
+    ask(server, journal, PROBLEMS[:1], batch_size=110, samples=110)
+    assert server.most_at_once == 110
 
 
 def test_retry_after_is_obeyed(server: Server, journal: Journal) -> None:
