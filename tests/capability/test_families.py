@@ -70,10 +70,11 @@ def test_a_wrong_answer_is_wrong(family):
             letter, other = "ABC"[right], names[right - 1]
             (line,) = re.findall(rf"{letter} {re.escape(names[right])} [\d.]+ V [\d.]+ A", problem.question)
             listed = (f"{letter} {names[right]}", f"{letter}: {names[right]}.", line)
-            for said in (letter.lower(), f"({letter})", f"{letter}.", *listed):
+            for said in (letter.lower(), f"({letter})", f"{letter}.", f"Option {letter}", *listed):
                 assert verify(problem, said).correct, said
             # The letter of one and the name of another is no choice.
-            assert verify(problem, f"{letter} {other}").rule == "not_a_candidate"
+            for said in (f"{letter} {other}", f"option {letter} {other}"):
+                assert verify(problem, said).rule == "not_a_candidate"
         else:
             right = problem.check["expected"]
             for factor in (0.97, 1.03, 10, 0.1, -1):

@@ -130,9 +130,9 @@ class Selection(Family):
 
 
 def _names(answer: str, letter: str, name: str) -> bool:
-    """Whether the whole answer is this candidate: "B", "(B)", "B.", its name, or both with the ratings as listed."""
+    """Whether the whole answer is this candidate: "B", "(B)", "Option B.", its name, or both, the ratings as listed."""
     named = rf"{re.escape(name)}(?: [\d.]+ V [\d.]+ A)?"
-    listed = rf"(?:{letter}|\({letter}\))(?:[.:,]? {named})?"
+    listed = rf"(?:(?:option|candidate|choice|part) )?(?:{letter}|\({letter}\))(?:[.:,]? {named})?"
     return bool(re.fullmatch(rf"\s*(?:{listed}|{named})\.?\s*", answer, re.IGNORECASE))
 
 
