@@ -40,6 +40,14 @@ def changed(tmp_path, change):
             ),
             "beside has weights of 1 together for what expert wrote",  # its own does not count
         ),
+        (lambda p: p["evaluate"]["models"].pop("teacher"), "'evaluate' in .*: .*models has no teacher"),
+        (lambda p: p["specialize"].update(source="smolm2"), r"specialize: source 'smolm2' is not in sources: \['smol"),
+        (lambda p: p["filter"]["teachers"].append("expret"), r"filter: teachers names \['expret'\].* in teachers: \["),
+        (lambda p: p["teachers"].pop("reference"), "teachers: reference answers what forgetting is measured on"),
+        (lambda p: p["teachers"]["reference"].update(prompts="general"), "with prompts: general_test"),
+        (lambda p: p.update(seed=-1), "'seed' in the top level: .*greater than or equal to 0; got -1"),
+        (lambda p: p["prune"].update(seed=2**32), "'seed' in prune: .*less than 4294967296"),
+        (lambda p: p["compute"].update(device="cuda:1"), "'device' in compute: .*'cpu' or 'cuda'"),
         (lambda p: p["evaluate"].update(lenient=["bsae"]), r"lenient names \['bsae'\].*among the models: base, "),
         (
             lambda p: p["distill"].update(online={"teacher": "elsewhere/model", "hidden": [[1, 1]]}),
@@ -94,6 +102,18 @@ def test_a_phase_leaves_out_what_the_section_has(tmp_path):
     path = changed(tmp_path, lambda p: p["distill"].update(on_policy=OWN, phases=phases))
     first, second = load(path).distill.in_phases()
     assert first.on_policy is None and second.on_policy and second.on_policy.model_dump() == OWN | {"temperature": 1.0}
+
+
+def test_a_folder_is_known_however_it_is_written(tmp_path):
+    def change(p):
+        p["teachers"]["expert"].update(model="models/teacher/", system="Be brief.")
+        p["label"].update(beside={"./models/teacher": 0.2, "models/sources/smollm2/": 0.3})
+        p["distill"].update(on_policy=OWN | {"teacher": "models//teacher"})
+
+    params = load(changed(tmp_path, change))
+    assert params.told == {"models/teacher": "Be brief."}
+    assert params.label.beside_writer(params.teachers["expert"].model) == {"models/sources/smollm2": 0.3}
+    assert params.distill.on_policy and params.distill.on_policy.teacher == params.evaluate.models["teacher"]
 
 
 def test_all_mistakes_are_told_at_once(tmp_path):

@@ -16,6 +16,7 @@ from q2t.config.training import (
     Distill,
     Divergence,
     Domain,
+    Folder,
     Online,
     OnPolicy,
     Optimizer,
@@ -23,6 +24,7 @@ from q2t.config.training import (
     Prune,
     Schedule,
     Section,
+    Seed,
 )
 
 __all__ = [
@@ -56,7 +58,7 @@ __all__ = [
 ]
 
 PARAMS = Path("params.yaml")
-WATCHED = re.compile(r"models/(teacher|sources/[^/]+)/?")
+WATCHED = re.compile(r"models/(teacher|sources/[^/]+)")
 """Folders that dvc.yaml's label, distill and prune depend on."""
 
 
@@ -135,7 +137,7 @@ class Specialize(Optimizer):
 
 
 class Teacher(Section):
-    model: str
+    model: Folder
     """A model folder, or the folder of a pointer to an endpoint."""
     system: str = ""
     """System prompt of a model folder, for a model that was never taught the answer format; a pointer has its own."""
@@ -182,8 +184,8 @@ class Filter(Section):
 
 
 class Initialize(Section):
-    model: str
-    """The folder of the model that the student is cut from."""
+    model: Folder
+    """Of the model that the student is cut from."""
     layers: int = Field(gt=0)
     vocabulary: int = Field(gt=0)
     """Upper bound for the student's vocabulary; what the training rows need comes first."""
@@ -193,12 +195,12 @@ class Initialize(Section):
 class Label(Section):
     top_k: int = Field(gt=0)
     batch_size: int = Field(gt=0)
-    beside: dict[str, Annotated[float, Field(gt=0, lt=1)]]
+    beside: dict[Folder, Annotated[float, Field(gt=0, lt=1)]]
     """Model folders mixed into the labels of what others wrote, by weight; the writer has what is left of 1."""
 
     def beside_writer(self, folder: str) -> dict[str, float]:
         """Those that are mixed into the labels of what the model in `folder` wrote."""
-        return {other: weight for other, weight in self.beside.items() if Path(other) != Path(folder)}
+        return {other: weight for other, weight in self.beside.items() if other != folder}
 
 
 class Export(Section):
@@ -207,8 +209,8 @@ class Export(Section):
 
 
 class Evaluate(Section):
-    models: dict[str, str] = Field(min_length=1)
-    """Name to folder, in the order of the report."""
+    models: dict[str, Folder]
+    """Name to folder, in the order of the report; `teacher` is what the others are measured against."""
     lenient: list[str]
     """Of these, the models that are also asked with worked examples and judged by free text: those that were never
     taught the template."""
@@ -216,6 +218,12 @@ class Evaluate(Section):
     batch_size: int = Field(gt=0)
     confidence: float = Field(gt=0, lt=1)
     resamples: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _teacher_is_measured(self) -> "Evaluate":
+        if "teacher" not in self.models:
+            raise ValueError("models has no teacher, whose accuracy the others' retention is a share of: add it")
+        return self
 
     @model_validator(mode="after")
     def _lenient_are_models(self) -> "Evaluate":
@@ -234,7 +242,7 @@ class Tracking(Section):
 class Params(Section):
     """All of params.yaml."""
 
-    seed: int
+    seed: Seed
     compute: Compute
     launch: str
     """The command that runs the module of a stage which can have several processes."""
@@ -262,6 +270,18 @@ class Params(Section):
         return {t.model: t.system for t in self.teachers.values() if t.system and t.prompts == "questions"}
 
     @model_validator(mode="after")
+    def _names_are_known(self) -> "Params":
+        if self.specialize.source not in self.sources:
+            raise ValueError(f"specialize: source {self.specialize.source!r} is not in sources: {list(self.sources)}")
+        if unknown := [name for name in self.filter.teachers if name not in self.teachers]:
+            raise ValueError(f"filter: teachers names {unknown}, which are not in teachers: {list(self.teachers)}")
+        if "reference" not in self.teachers or self.teachers["reference"].prompts != "general_test":
+            raise ValueError(
+                "teachers: reference answers what forgetting is measured on: give it, with prompts: general_test"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _teachers_are_watched(self) -> "Params":
         for folder in self.label.beside:
             if not WATCHED.fullmatch(folder):
@@ -282,12 +302,11 @@ class Params(Section):
     @model_validator(mode="after")
     def _writers_have_a_say(self) -> "Params":
         for name in self.filter.teachers:
-            if name in self.teachers:
-                together = math.fsum(self.label.beside_writer(self.teachers[name].model).values())
-                if together > 1 - 1e-6:
-                    raise ValueError(
-                        f"label: beside has weights of {together:g} together for what {name} wrote: leave it some of 1"
-                    )
+            together = math.fsum(self.label.beside_writer(self.teachers[name].model).values())
+            if together > 1 - 1e-6:
+                raise ValueError(
+                    f"label: beside has weights of {together:g} together for what {name} wrote: leave it some of 1"
+                )
         return self
 
 

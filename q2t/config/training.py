@@ -1,14 +1,21 @@
 """How a model is trained: the sections distill and prune, and what specialize shares with them."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
     """A closed section: a key that is not declared here is an error, and "3" is no number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Folder = Annotated[str, AfterValidator(lambda folder: str(Path(folder)))]
+"""A model folder, written in one way: "models/teacher/" is "models/teacher"."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""The range that NumPy takes."""
 
 
 class Optimizer(Section):
@@ -51,8 +58,7 @@ LayerPair = Annotated[list[int], Field(min_length=2, max_length=2)]
 class Online(Section):
     """A teacher that is run beside the student, and what of it is learnt apart from stored labels."""
 
-    teacher: str
-    """A model folder."""
+    teacher: Folder
     logits: bool = False
     """Whether its whole distribution is learnt from in place of stored labels, with the same alpha, temperature and
     divergence."""
@@ -90,8 +96,8 @@ class OnPolicy(Section):
     """The student answers the rows' questions itself, and learns what a teacher says of its answers (GKD, arXiv
     2306.13649): sampled once, as the phase begins."""
 
-    teacher: str
-    """A model folder; the teacher has the student's tokens, or more."""
+    teacher: Folder
+    """It has the student's tokens, or more."""
     temperature: float = Field(default=1.0, gt=0)
     max_new_tokens: int = Field(gt=0)
     batch_size: int = Field(gt=0)
@@ -125,7 +131,7 @@ class Phase(Section):
 
 
 class Distill(Optimizer):
-    seed: int
+    seed: Seed
     """Of the rows' order; apart from the run's own, so that a spread over seeds trains again and nothing else."""
     alpha: float = Field(ge=0, le=1)
     """Weight of the distillation loss; the task loss has 1 - alpha."""
