@@ -104,6 +104,13 @@ def test_every_stage_declares_the_modules_that_shape_its_bytes(stages):
     assert not wrong, "deps in dvc.yaml:\n" + "\n".join(sorted(wrong))
 
 
+def test_stages_that_several_processes_run_declare_how_these_are_started():
+    graph = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+    launched = {name for name, stage in graph.items() if stage.get("cmd", "").startswith("${launch} ")}
+    assert launched == {name for name, stage in graph.items() if "q2t/launch" in stage.get("deps", [])}
+    assert launched == {"distill", "prune"}
+
+
 def test_a_stage_has_one_name(stages):
     for stage in stages:
         name = stage.name.split("@")[0]
