@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from q2t.config import Scratch, Source
+from q2t.evaluation import lenient
+from q2t.records import Problem
 from q2t.smollm import SPECIALS, train_tokenizer
-from q2t.sources import WHITELIST, fetch, fingerprint, load_model, load_tokenizer, save_model
+from q2t.sources import WHITELIST, chat_prompt, fetch, fingerprint, load_model, load_tokenizer, save_model
 
 SHAPE = Scratch(vocabulary=310, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2)
 CORPUS = (
@@ -228,6 +230,16 @@ def test_template_is_chatml_without_a_system_prompt(scratch):
         tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
         == "<|im_start|>user\nWhich one?<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_a_template_that_tells_the_date_gives_the_same_text_every_day(scratch):
+    """As those of Llama 3.2 and Granite do."""
+    tokenizer = load_tokenizer(scratch)
+    tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}. {{ messages[-1].content }}"
+    assert chat_prompt(tokenizer, "Which one?") == "Today is 26 Jul 2024. Which one?"
+    asked = Problem.model_construct(question="Which one?", family="gain")
+    (request,) = lenient.requests(tokenizer, [asked], [])
+    assert request.prompt == "Today is 26 Jul 2024. Which one?"
 
 
 def test_without_a_corpus_the_tokenizer_knows_bytes():

@@ -1,6 +1,7 @@
 """Which position predicts what, and which rows meet."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,17 @@ def test_a_gpu_takes_micro_batches_in_equal_passes_that_fit(
     assert batches.at_once(count, tokens, config, "cuda", 0) == expected
     assert batches.at_once(count, tokens, config, "cuda", 0, checkpointing=True) == checkpointing
     assert batches.at_once(count, tokens, config, "cpu", 0) == 1
+
+
+def test_what_is_held_leaves_less_of_a_gpu(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = model()
+    weights = sum(p.numel() * 4 for p in network.parameters())
+    assert batches.held(network) == 4 * weights  # gradients and two moments
+    assert batches.held(network.requires_grad_(False)) == weights
+    card = SimpleNamespace(total_memory=10 * weights)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert batches.room("cuda", 4 * weights) == 6 * weights // 4
+    assert batches.room("cuda", 11 * weights) == 0
 
 
 SMALL = dict(
