@@ -50,7 +50,7 @@ _UNITS = {"ohm": r"(?i:ohms?)|Omega|Ω", "F": r"F|(?i:farads?)"}
 _END = r"(?= ?(?:[.,;](?!\d)|[)\]<=\n]|$))"
 """What may stand behind a bare number: nothing that could be its unit, an operator or more digits."""
 _CUE = (
-    r"(?<!n[o'’]t )\b(?i:(?:answer|choice)(?: is|:)+|choose|pick|select|take)"
+    r"(?<!n[o'’]t )\b(?i:(?:answer|choice|option)(?: is|:)+|choose|pick|select|take)"
     r"[\s*(\"']*(?i:(?:the|candidate|part|option)[\s*]+)*"
 )
 """Words that a choice stands behind. A colon after "choose" is not one of them: so do questions list candidates."""

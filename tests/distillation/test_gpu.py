@@ -14,8 +14,10 @@ from q2t.determinism import seed_everything
 from q2t.distillation import batches
 from q2t.distillation.labels import label
 from q2t.distillation.objective import Objective
+from q2t.distillation.online import OnlineTeacher
+from q2t.distillation.rows import encode
 from q2t.evaluation import cost
-from q2t.sources import fetch, load_model, load_tokenizer
+from q2t.sources import fetch, load_model, load_tokenizer, save_model
 
 pytestmark = pytest.mark.gpu
 
@@ -28,6 +30,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "curriculum": {"curriculum": 1.0, "balance": True},
     "lora": {"adapter": {"kind": "lora", "modules": ["q_proj", "v_proj"]}},
     "checkpointing": {"gradient_checkpointing": True},
+}
+BESIDE: dict[str, dict[str, Any]] = {
+    "logits": {"logits": True},
+    "features": {"hidden": [[0, 0], [2, 2]], "attention": [[1, 1], [2, 2]]},
+    "spans": {"spans": "matched"},
 }
 
 
@@ -49,6 +56,42 @@ def curve(text: bytes) -> np.ndarray:
 @pytest.fixture
 def changed(settings: Any) -> Callable[..., Any]:
     return lambda changes: type(settings).model_validate(settings.model_dump() | changes)
+
+
+@pytest.fixture
+def taught(run: Any, model: Any, tokenizer: Any, examples: Any, changed: Any, tmp_path: Path) -> Callable[..., Any]:
+    """A run with a teacher beside; for spans one whose special tokens have other ids."""
+
+    def start(asked: dict[str, Any], compute: Compute, folder: Path) -> Any:
+        specials = [("<|im_start|>", "<|endoftext|>", "<|im_end|>")] if "spans" in asked else []
+        save_model(model(5, 259), tokenizer(*specials), tmp_path / "teacher")
+        settings = changed({"online": asked | {"teacher": str(tmp_path / "teacher")}})
+        given = examples(22)
+        rows = encode(tokenizer(), given)
+        teacher = OnlineTeacher(settings.online, model(0, 259), tokenizer(), rows, given, seed=3, compute=compute)
+        return run(lambda: model(0, 259), lambda *_, **__: rows, settings, compute, folder, teacher=teacher)
+
+    return start
+
+
+@pytest.mark.parametrize("asked", BESIDE.values(), ids=BESIDE)
+def test_a_teacher_beside_says_what_it_says_on_the_cpu(taught: Any, asked: Any, tmp_path: Path) -> None:
+    _, there = taught(asked, on_gpu("float32"), tmp_path / "gpu")
+    _, here = taught(asked, CPU, tmp_path / "cpu")
+    np.testing.assert_allclose(curve(there), curve(here), rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("asked", BESIDE.values(), ids=BESIDE)
+def test_a_killed_run_with_a_teacher_beside_ends_with_the_same_bytes(
+    taught: Any, asked: Any, dtype: str, kill_at: Any, tmp_path: Path
+) -> None:
+    whole = taught(asked, on_gpu(dtype), tmp_path / "first")
+    kill_at(7)
+    with pytest.raises(KeyboardInterrupt):
+        taught(asked, on_gpu(dtype), tmp_path / "killed")
+    kill_at(-1)
+    assert taught(asked, on_gpu(dtype), tmp_path / "killed") == whole
 
 
 @pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)

@@ -198,6 +198,7 @@ def test_text_without_such_a_quantity_is_wrong(text, unit):
         ("uA7805 is too weak, so LT1084.", "LT1084"),
         ("LT1084 is not enough; take LT1084-3.3 instead", "LT1084-3.3"),
         ("The answer is B", "LT1084"),
+        ("The best option is B: A and C are too weak, and C has the wrong voltage.", "LT1084"),
         ("answer: **B**, not C", "LT1084"),
         ("The answer is 'B'.", "LT1084"),
         ("The answer is A because B and C are too weak.", "LT1084-3.3"),
