@@ -81,6 +81,13 @@ def test_a_wrong_answer_is_wrong(family):
                 assert not verify(problem, f"{right * factor:.6g} {problem.check['unit']}").correct
 
 
+def test_an_amplifier_by_the_other_kinds_formula_is_wrong():
+    """Off by one in a gain of 501 is 0.2%."""
+    for name, other, by in (("gain", "rg", lambda gain: gain), ("inverting", "rin", lambda gain: gain + 1)):
+        for problem in problems(FAMILIES[name](), 200):
+            assert not verify(problem, f"{by(problem.inputs['gain']) * problem.inputs[other]:.9g} ohm").correct
+
+
 @EACH
 @given(text=st.text(max_size=40))
 def test_any_text_gets_a_verdict(family, text):

@@ -1,4 +1,8 @@
-"""Operational amplifiers: the feedback resistor for a gain."""
+"""Operational amplifiers: the feedback resistor for a gain.
+
+Answers have to be exact, as they come out: one family's formula for the other's is 1 off in the gain, and so within 2%
+from 51 on.
+"""
 
 import random
 from typing import Any
@@ -22,6 +26,7 @@ class NonInvertingGain(Calculated):
 
     name = "gain"
     unit = "ohm"
+    tolerance = 0.0
     held_out = ("rg", 3900)
     phrasings = (
         "A non-inverting op-amp stage needs a gain of {gain}. Rg to ground is {rg}. Find Rf.",
@@ -52,6 +57,7 @@ class InvertingGain(Calculated):
 
     name = "inverting"
     unit = "ohm"
+    tolerance = 0.0
     held_out = ("rin", 3900)
     phrasings = (
         "An inverting op-amp stage needs a gain of -{gain}. The input resistor is {rin}. Find Rf.",

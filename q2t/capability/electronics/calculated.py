@@ -12,7 +12,7 @@ class Calculated(Family):
 
     unit: ClassVar[str]
     tolerance: ClassVar[float] = 0.02
-    """Relative. 2% is less than the step between two values of the finest series in use, E48."""
+    """Relative. 2% is far less than the step between two values of the finest series in use, E24."""
 
     def expected(self, inputs: dict[str, Any]) -> float:
         """The right value in `unit`, from the inputs and the textbook formula; never from the worked solution."""

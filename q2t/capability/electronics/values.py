@@ -18,18 +18,21 @@ E24 = tuple(sorted((*E12, 1.1, 1.3, 1.6, 2.0, 2.4, 3.0, 3.6, 4.3, 5.1, 6.2, 7.5,
 """Mantissas of the E24 series: those of E12, and one in each gap."""
 
 _POWER = r"[eE](?P<e>[+−-]?\d{1,3})|\s*[×x*·]\s*10(?:(?:\^|\*\*)(?P<ten>[+−-]?\d{1,3})|(?P<raised>[⁺⁻]?[⁰¹²³⁴-⁹]{1,3}))"
-_NUMBER = rf"(?P<number>[+−-]?(?:[1-9]\d{{0,2}}(?:,\d{{3}})+(?:\.\d*)?|\d+\.?\d*|\.\d+))(?:{_POWER})?"
+_NUMBER = rf"(?P<number>[+−-]?(?:[1-9]\d{{0,2}}(?:,\d{{3}})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+))(?:{_POWER})?"
 _PLAIN = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹−", "+-0123456789-", ",")
 _PREFIXES = {"": 0, "p": -12, "n": -9, "u": -6, "µ": -6, "μ": -6, "m": -3, "k": 3, "K": 3, "M": 6, "G": 9, "T": 12}
 _PREFIXES |= {"pico": -12, "nano": -9, "micro": -6, "milli": -3, "kilo": 3, "kil": 3, "mega": 6, "meg": 6, "giga": 9}
-_PREFIX = "[pnuµμmkKMGT]?|(?i:pico|nano|micro|milli|kilo|kil(?=ohm)|mega|meg(?=ohm)|giga)"
+_PREFIX = "[pnuµμmkKMGT]?|[pP]ico|[nN]ano|[mM]icro|[mM]illi|[kK]ilo|[kK]il(?=ohm)|[mM]ega|[mM]eg(?=ohm)|[gG]iga"
 _UNITS = {"ohm": "ohms?|Ω|Ω|R", "F": "F|farads?", "V": "V|volts?", "A": "A|amps?|amperes?"}
 _QUANTITIES = {
-    unit: re.compile(rf"{_NUMBER}\s*(?P<prefix>{_PREFIX})[\s-]*(?i:{names})?") for unit, names in _UNITS.items()
+    unit: re.compile(rf"{_NUMBER}\s*(?P<prefix>{_PREFIX})(?:\s*-?(?i:{names}))?") for unit, names in _UNITS.items()
 }
 """A number, an SI prefix and a unit, in small or capital letters, any of the last two left out."""
-_POINT = {"ohm": "RkKMG", "F": "pnuµμm"}
-"""Letters that stand for the decimal point, as in 4k7, 2R2 and 3n3 (IEC 60062)."""
+_CODES = {
+    unit: re.compile(rf"^(\d{{1,3}})([{letters}])(\d{{1,2}})(?![\d.])")
+    for unit, letters in {"ohm": "RkKMG", "F": "pnuµμm"}.items()
+}
+"""Where a letter stands for the decimal point, as in 4k7, 2R2 and 3n3 (IEC 60062)."""
 
 
 def parse(text: str, unit: str) -> float:
@@ -42,8 +45,8 @@ def parse(text: str, unit: str) -> float:
         ValueError: no single finite quantity of that unit.
     """
     said = text.strip()
-    if letters := _POINT.get(unit):
-        said = re.sub(rf"^(\d{{1,3}})([{letters}])(\d{{1,2}})(?![\d.])", r"\1.\3\2", said)
+    if coded := _CODES.get(unit):
+        said = coded.sub(lambda m: f"{m[1]}.{m[3]}{m[2].replace('R', '')}", said)
     found = _QUANTITIES[unit].fullmatch(said)
     if not found:
         raise ValueError(f"{text!r} is no quantity in {unit}; write e.g. '4.7k {unit}'")
