@@ -168,6 +168,11 @@ def test_the_error_shows_the_rows_that_failed_and_the_report_is_written(tmp_path
         ),
         (
             check_completions,
+            [completion(1, prompt_tokens=0), completion(2)],
+            "prompt_tokens: .*1 of 2",
+        ),
+        (
+            check_completions,
             [completion(1, text="", completion_tokens=0), completion(2)],
             "completion_tokens: .*1 of 2",
         ),

@@ -32,17 +32,21 @@ class Journal:
         """By id; of several rows with one id the first."""
         self.skipped = 0
         """Lines that could not be read."""
+        self._end = 0
+        """Of the lines that are known."""
         if path.exists():
             with self._lock:
-                self.rows, self.skipped = _read(path)
+                self.rows, self.skipped, self._end = _read(path)
+            _warn(path, self.skipped)
 
     def append(self, rows: Iterable[Completion]) -> None:
-        """Write the rows whose ids are new. When this returns they are on the disk.
+        """Write the rows whose ids are new, to other processes too. When this returns they are on the disk.
 
         Raises:
             OSError: not written, the disk is full for example. The journal holds what it held before.
         """
         with self._threads, self._lock:
+            self._catch_up()
             new: dict[str, Completion] = {}
             for row in rows:
                 if row.id not in self.rows:
@@ -52,7 +56,7 @@ class Journal:
             lines = "".join(dump_line(row) + "\n" for row in new.values()).encode()
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                _write(file, lines)
+                self._end = _write(file, lines)
             except OSError as error:
                 raise OSError(
                     error.errno,
@@ -67,13 +71,24 @@ class Journal:
     def seed(self, published: Path) -> int:
         """Take over the answers of a generations file published earlier; the number of new ones."""
         before = len(self.rows)
-        self.append(_read(published)[0].values())
+        rows, skipped, _ = _read(published)
+        _warn(published, skipped)
+        self.append(rows.values())
         return len(self.rows) - before
 
+    def _catch_up(self) -> None:
+        """Take in what other processes have written since: their answers came first, and are everyone's."""
+        if self.path.exists() and self.path.stat().st_size > self._end:
+            others, _, self._end = _read(self.path, self._end)
+            self.rows |= others
 
-def _read(path: Path) -> tuple[dict[str, Completion], int]:
-    """The rows by id, and the number of lines skipped."""
-    *lines, tail = path.read_bytes().split(b"\n")
+
+def _read(path: Path, start: int = 0) -> tuple[dict[str, Completion], int, int]:
+    """The rows by id from an offset on, the number of lines skipped, and the offset behind the last whole one."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        content = file.read()
+    *lines, tail = content.split(b"\n")
     rows: dict[str, Completion] = {}
     skipped = 1 if tail else 0  # without its newline a line was never acknowledged
     for line in lines:
@@ -83,13 +98,17 @@ def _read(path: Path) -> tuple[dict[str, Completion], int]:
             skipped += 1
         else:
             rows.setdefault(row.id, row)
+    return rows, skipped, start + len(content) - len(tail)
+
+
+def _warn(path: Path, skipped: int) -> None:
     if skipped:
         log.warning("%s: skipped %d half-written or malformed lines; those answers are asked again", path, skipped)
-    return rows, skipped
 
 
-def _write(file: int, lines: bytes) -> None:
-    """Append and sync. A half-written last line goes first, and a failed write leaves nothing behind."""
+def _write(file: int, lines: bytes) -> int:
+    """Append and sync, and give the file's new end. A half-written last line goes first, and a failed write leaves
+    nothing behind."""
     end = _end_of_lines(file)
     os.ftruncate(file, end)
     try:
@@ -100,6 +119,7 @@ def _write(file: int, lines: bytes) -> None:
     except OSError:
         os.ftruncate(file, end)
         raise
+    return end + len(lines)
 
 
 def _end_of_lines(file: int) -> int:

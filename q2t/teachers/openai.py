@@ -258,13 +258,19 @@ def _attempt(client: httpx.Client, request: dict[str, Any], target: bool) -> dic
     try:
         body = reply.json()
         choice = body["choices"][0]
-        said = {
-            "text": _text(choice["message"], target),
-            "finish_reason": _finish_reason(choice["finish_reason"]),
-        }
+        message, reason = choice["message"], choice.get("finish_reason")
+        content, reasoning = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
     except (ValueError, LookupError, TypeError, AttributeError):  # cut off, or an error under HTTP 200
         raise Transient(f"no chat completion: {_said(reply)}") from None
-    if not (usage := body.get("usage")):  # nor would the next answer have it, which costs as much
+    # An answer from here on is paid for, and the next in a form that is not known would be too.
+    try:
+        text = _text(content, reasoning, target)
+    except (LookupError, TypeError):
+        raise Refused(f"a chat completion whose content is no text: {_said(reply)}") from None
+    if reason is None:
+        raise Refused(f"a chat completion without finish_reason: {_said(reply)}")
+    said = {"text": text, "finish_reason": _finish_reason(reason)}
+    if not (usage := body.get("usage")):
         raise Refused(f"a chat completion without usage, the counts of its tokens: {_said(reply)}")
     try:
         return said | {key: int(usage[key]) for key in ("prompt_tokens", "completion_tokens")}
@@ -278,13 +284,25 @@ def _said(reply: httpx.Response) -> str:
     return (reply.text.replace(secret, "***") if secret else reply.text)[:200]
 
 
-def _text(message: dict[str, Any], target: bool) -> str:
-    """The answer as one text. Servers that parse reasoning apart get it put back for target problems."""
-    text = message.get("content") or ""
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
+def _text(content: Any, reasoning: Any, target: bool) -> str:
+    """The answer as one text. Servers that parse reasoning apart get it put back for target problems.
+
+    Raises:
+        LookupError, TypeError: neither a text nor a list of parts with texts.
+    """
+    text, reasoning = _joined(content, "text"), _joined(reasoning, "text") or _joined(content, "thinking")
     if target and reasoning and "<think>" not in text:
         text = f"<think>{reasoning}</think>{text}"
     return re.sub("[\ud800-\udfff]", "\ufffd", text)  # half an emoji, cut by the token cap, is no Unicode
+
+
+def _joined(content: Any, kind: str) -> str:
+    """The texts of one kind, of a content that may come in parts: {"type": "text", "text": "..."}, one of the kind
+    "thinking" with parts of its own."""
+    if content is None or isinstance(content, str):
+        return content or "" if kind == "text" else ""
+    parts = [part[kind] for part in content if part["type"] == kind]
+    return "".join(part if isinstance(part, str) else _joined(part, "text") for part in parts)
 
 
 def _finish_reason(reason: Any) -> Literal["stop", "length"]:

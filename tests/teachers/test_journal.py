@@ -54,6 +54,16 @@ def start_writer(journal: Path, rows: Path) -> "subprocess.Popen[str]":
     )
 
 
+def test_what_another_process_wrote_first_is_everyones(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    ours, theirs = Journal(path), Journal(path)
+    theirs.append([row(1, "first"), row(2, "theirs")])
+    ours.append([row(1, "second"), row(3, "ours")])
+    theirs.append([row(3, "too late")])
+    assert ours.rows == theirs.rows | ours.rows == Journal(path).rows
+    assert [r.text for r in read_jsonl(path, Completion)] == ["first", "theirs", "ours"]
+
+
 def test_rows_come_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "journal.jsonl"
     journal = Journal(path)

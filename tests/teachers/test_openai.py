@@ -67,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def chat(text: str | None, finish_reason: str = "stop", **message: Any) -> Reply:
+def chat(text: Any, finish_reason: str = "stop", **message: Any) -> Reply:
     body = {
         "choices": [{"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish_reason}],
         "usage": {"prompt_tokens": 7, "completion_tokens": 3},
@@ -296,6 +296,25 @@ def test_a_server_that_counts_no_tokens_is_paid_once(server: Server, journal: Jo
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"message": {"content": "a"}}, "without finish_reason"),
+        ({"message": {"content": {"text": "a"}}, "finish_reason": "stop"}, "whose content is no text"),
+        ({"message": {"content": [{"type": "text"}]}, "finish_reason": "stop"}, "whose content is no text"),
+        ({"message": {"content": "a", "reasoning": 5}, "finish_reason": "stop"}, "whose content is no text"),
+    ],
+)
+def test_an_answer_in_a_form_that_is_not_known_is_paid_once(
+    server: Server, journal: Journal, choice: dict[str, Any], message: str
+) -> None:
+    body = {"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+    server.script = lambda request, attempt: (200, {}, json.dumps(body).encode())
+    with pytest.raises(ValueError, match=message):
+        ask(server, journal, batch_size=1)
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize("usage", [{"total_tokens": 5}, {"prompt_tokens": 3, "completion_tokens": None}])
 def test_an_answer_with_half_a_count_is_paid_once_and_stops_no_other(
     server: Server, journal: Journal, usage: dict[str, Any]
@@ -427,6 +446,17 @@ def test_reasoning_that_the_server_took_apart_is_put_back_for_target_problems(se
     assert ask(server, journal, PROBLEMS[1:2])[0].text == "<think>a</think><answer>5</answer>"
     server.script = lambda request, attempt: chat(None, "length", reasoning="2 +")
     assert ask(server, journal, PROBLEMS[2:3])[0].text == "<think>2 +</think>"
+
+
+def test_an_answer_in_parts_is_put_together(server: Server, journal: Journal) -> None:
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "2 +"}, {"type": "text", "text": " 3"}]},
+        {"type": "text", "text": "<answer>"},
+        {"type": "text", "text": "5</answer>"},
+    ]
+    server.script = lambda request, attempt: chat(parts)
+    assert ask(server, journal, PROBLEMS[:1])[0].text == "<think>2 + 3</think><answer>5</answer>"
+    assert ask(server, journal, [problem(1, "general")])[0].text == "<answer>5</answer>"
 
 
 def test_half_an_emoji_is_replaced_and_a_whole_one_kept(server: Server, journal: Journal) -> None:
