@@ -83,6 +83,7 @@ def train(
         # attention has no maps.
         model.set_attn_implementation("eager")
     model.to(torch.float32).train()
+    model.get_input_embeddings().padding_idx = None  # its row has no gradient, and where pad == eos it is no padding
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.adapter:
@@ -95,9 +96,9 @@ def train(
         sharding.shard(objective, device)
     else:
         objective.to(device)
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    matrices = [p for p in trained if sum(size > 1 for size in p.shape) > 1]  # not IA3's vectors, which begin at 1
-    vectors = [p for p in trained if sum(size > 1 for size in p.shape) <= 1]
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    vectors = [p for name, p in trained.items() if p.dim() < 2 or "ia3_" in name]  # IA3's are factors, which begin at 1
+    matrices = [p for name, p in trained.items() if p.dim() > 1 and "ia3_" not in name]
     optimizer = torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": settings.weight_decay},
@@ -136,7 +137,7 @@ def train(
             losses = accumulate(objective, planned.micro_batches, planned.settings, accelerator, scales, step)
             sparsity = planned.settings.sparsity
             penalty = adapters.shrink(model, sparsity) if sparsity else 0.0
-            norm = float(sharding.whole(clip_grad_norm_(trained, 1.0)))
+            norm = float(sharding.whole(clip_grad_norm_(trained.values(), 1.0)))
             if not math.isfinite(norm):
                 raise _not_finite("gradient", norm, step, [row for micro in planned.micro_batches for row in micro])
             skipped = is_spike(norm, [float(line["gradient_norm"]) for line in past], settings.spike_factor)

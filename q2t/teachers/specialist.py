@@ -86,6 +86,7 @@ def specialize(
                 logits = linear(hidden[learnt], batches.output_head(model)).float()
                 return cross_entropy(logits, labels[learnt], reduction="sum") / num_items_in_batch
 
+    model.get_input_embeddings().padding_idx = None  # its row has no gradient, and where pad == eos it is no padding
     prompts = [chat_prompt(tokenizer, lesson.question) for lesson in lessons]
     # Not by the trainer: a tokenizer that begins every text with <bos> would write a second one behind the template's.
     asked = tokenizer(prompts, add_special_tokens=False).input_ids

@@ -226,3 +226,14 @@ def test_a_penalty_needs_trained_gates(model: Any) -> None:
         for refuses in (adapters.trained_gates, lambda network: adapters.shrink(network, 0.1)):
             with pytest.raises(ValueError, match="sparsity shrinks gate_proj, and this run trains none"):
                 refuses(network)
+
+
+def test_weight_decay_acts_on_matrices_of_rank_one_too(
+    run: Any, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+) -> None:
+    adapter = Adapter(kind="lora", rank=1, modules=["q_proj"])
+    ended = []
+    for decay in (0.0, 5.0):
+        changed = settings.model_copy(update={"adapter": adapter, "weight_decay": decay})
+        ended.append(run(model, rows, changed, compute, tmp_path / str(decay))[0])
+    assert ended[0] != ended[1]

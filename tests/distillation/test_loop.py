@@ -46,6 +46,24 @@ def test_the_split_into_micro_batches_changes_nothing(
         torch.testing.assert_close(gradient(network, split, settings, accelerator), whole)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_padding_token_that_ends_texts_too_learns_as_any_other(
+    run: Any, model: Any, rows: Any, settings: Any, compute: Any, tied: bool, tmp_path: Path
+) -> None:
+    """torch gives an embedding's row padding_idx no gradient."""
+
+    def network(pad: int | None) -> Any:
+        made = model()
+        if not tied:
+            made.lm_head.weight = torch.nn.Parameter(made.lm_head.weight.detach().clone())
+        made.model.embed_tokens.padding_idx = pad
+        return made
+
+    assert run(lambda: network(1), rows, settings, compute, tmp_path / "eos") == run(
+        lambda: network(None), rows, settings, compute, tmp_path / "none"
+    )
+
+
 def test_micro_batches_that_share_a_pass_have_the_gradient_of_those_that_do_not(
     gradient: Any, model: Any, rows: Any, settings: Any, accelerator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
