@@ -61,12 +61,12 @@ def label(
         batch_size: rows per forward pass.
         to_student: [teacher vocabulary], student id or -1, as for the tokens behind its end; None if the ids are the
             same.
-        student_tokenizer: has to give the mapped ids on every row.
+        student_tokenizer: has to give the mapped ids on every answer.
         systems: as for `encode`, of the writer's.
         beside: the writer has what their weights leave of 1.
 
     Raises:
-        ValueError: a row is segmented otherwise by the student; names the row. Or top_k is not smaller than
+        ValueError: an answer is segmented otherwise by the student; names the row. Or top_k is not smaller than
             the shared vocabulary, or a teacher beside reads a row in other tokens.
     """
     import torch
@@ -74,8 +74,7 @@ def label(
 
     from q2t.distillation.batches import collate, output_head, predicting_states
 
-    plain = encode(tokenizer, examples)
-    rows = encode(tokenizer, examples, systems) if systems else plain
+    rows = encode(tokenizer, examples, systems)
     student_rows = encode(student_tokenizer, examples)
     models, read = [model, *(other.model for other in beside)], [rows]
     for other in beside:
@@ -87,7 +86,7 @@ def label(
     head, device = heads[0], heads[0].device
     to_student = torch.arange(len(head)) if to_student is None else to_student.cpu()
     to_student = cover(to_student, tokenizer)
-    _check_segmentation(plain, student_rows, to_student.numpy(), student_tokenizer)
+    _check_segmentation(rows, student_rows, to_student.numpy(), student_tokenizer)
 
     of_teacher = (to_student >= 0).nonzero().squeeze(1)
     if top_k >= len(of_teacher):
@@ -173,16 +172,17 @@ def _top(logits: "Tensor", of_teacher: "Tensor", k: int) -> tuple["Tensor", "Ten
 
 def _check_segmentation(rows: list[Row], student_rows: list[Row], to_student: np.ndarray, student: Any) -> None:
     for row, expected in zip(rows, student_rows, strict=True):
-        mapped = to_student[row.input_ids]
-        if row.prompt_length == expected.prompt_length and np.array_equal(mapped, expected.input_ids):
+        mapped = to_student[row.input_ids[row.prompt_length :]]
+        wanted = expected.input_ids[expected.prompt_length :]
+        if np.array_equal(mapped, wanted):
             continue
-        shared = min(len(mapped), len(expected.input_ids))
-        differs = np.flatnonzero(mapped[:shared] != expected.input_ids[:shared])
+        shared = min(len(mapped), len(wanted))
+        differs = np.flatnonzero(mapped[:shared] != wanted[:shared])
         at = int(differs[0]) if len(differs) else shared
-        token = student.convert_ids_to_tokens(expected.input_ids[at : at + 1].tolist())
+        token = student.convert_ids_to_tokens(wanted[at : at + 1].tolist())
         raise ValueError(
-            f"row {row.id}: token {at} is {mapped[at : at + 1].tolist()} by the vocabulary map and "
-            f"{expected.input_ids[at : at + 1].tolist()} {token} by the student's tokenizer: "
+            f"row {row.id}: token {at} of the answer is {mapped[at : at + 1].tolist()} by the vocabulary map and "
+            f"{wanted[at : at + 1].tolist()} {token} by the student's tokenizer: "
             "labels would belong to other tokens. Rebuild the student's vocabulary from these rows"
         )
 

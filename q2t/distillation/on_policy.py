@@ -64,7 +64,7 @@ class Sampler:
         Left out are answers that were cut, empty ones, and those whose labels would sit beside tokens that the student
         did not write (bytes that are no UTF-8 are another text once decoded) or that the teacher reads otherwise (words
         that a student with a trimmed vocabulary has other tokens for). A word that the student put together otherwise
-        than its tokenizer would is kept, in the tokenizer's tokens.
+        than its tokenizer would is kept, in the tokenizer's tokens; special tokens inside an answer are passed over.
 
         Args:
             model: the student, with adapters or without; comes back as it was.
@@ -182,7 +182,9 @@ class Sampler:
                 left_out["empty"] += 1
             elif NO_CHARACTER in example.text:
                 left_out["no UTF-8"] += 1
-            elif not np.array_equal(to_student[theirs.input_ids], ours.input_ids):
+            elif not np.array_equal(
+                to_student[theirs.input_ids[theirs.prompt_length :]], ours.input_ids[ours.prompt_length :]
+            ):
                 left_out["other tokens for the teacher"] += 1
             else:
                 kept.append(example)

@@ -109,6 +109,20 @@ def test_labels_of_several_teachers_are_those_of_their_mixture(model: Any, token
         assert (expected.diff(dim=1) <= 1e-3).all()  # the likeliest of the mixture first
 
 
+def test_a_teacher_with_another_chat_template_reads_the_question_in_its_own(
+    model: Any, tokenizer: Any, examples: Any
+) -> None:
+    theirs, network = tokenizer(), model()
+    theirs.chat_template = "Be exact. " + theirs.chat_template
+    rows = call(network, theirs, examples(3), student_tokenizer=tokenizer())
+    for row, asked, said in zip(rows, encode(tokenizer(), examples(3)), encode(theirs, examples(3)), strict=True):
+        assert np.array_equal(row.input_ids, asked.input_ids) and row.prompt_length == asked.prompt_length
+        with torch.no_grad():
+            logprobs = network(torch.tensor(said.input_ids[None]).long()).logits[0].log_softmax(-1)
+        top = logprobs[said.prompt_length - 1 : -1].topk(20, dim=1).values
+        np.testing.assert_allclose(row.top_logprobs, top, rtol=1e-3, atol=1e-3)
+
+
 def test_a_teacher_beside_itself_changes_no_label(model: Any, tokenizer: Any, examples: Any) -> None:
     alone = call(model(), tokenizer(), examples(5))
     twice = call(model(), tokenizer(), examples(5), beside=[Beside(model(), tokenizer(), "", 0.4)])
