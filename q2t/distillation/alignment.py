@@ -44,12 +44,15 @@ class Vocabulary:
                 f"tokenizer: by its decoder ({decoder}) it has no tokens of single bytes, and its tokens can't be "
                 f"aligned by bytes: {INSTEAD}"
             )
-        to_bytes = _from_byte_level if "ByteLevel" in decoder else _from_byte_fallback
+        by_level = "ByteLevel" in decoder
+        to_bytes = _from_byte_level if by_level else _from_byte_fallback
         added = tokenizer.added_tokens_decoder
         names = {index: token for token, index in tokenizer.get_vocab().items()}
         self.pieces = [b""] * (max(names) + 1)
         for index, name in names.items():
-            self.pieces[index] = added[index].content.encode() if index in added else to_bytes(name)
+            # Where there is a fallback, added tokens are text as any other: gemma's runs of spaces are.
+            as_it_stands = index in added and (by_level or added[index].special)
+            self.pieces[index] = name.encode() if as_it_stands else to_bytes(name)
         self.eos = tokenizer.eos_token_id
         self.special = {index for index, token in added.items() if token.special}
         # By ascending id: byte-fallback tokens come first, and the letters that text is read as replace them.

@@ -67,6 +67,16 @@ def row(name: str, text: str, prompt: int = 1, weight: float = 1.0) -> Row:
     return Row(f"row of {name}", "target", "f", weight, np.array(ids, np.int32), prompt)
 
 
+def test_a_run_of_spaces_that_gemma_has_as_an_added_token_is_spaces() -> None:
+    tokenizer = byte_fallback()
+    tokenizer.add_tokens(["▁▁"])
+    vocabulary = Vocabulary(tokenizer)
+    assert vocabulary.pieces[tokenizer.convert_tokens_to_ids("▁▁")] == b"  "
+    assert vocabulary.pieces[tokenizer.eos_token_id] == b"<eos>"
+    ids = tokenizer("a  b", add_special_tokens=False).input_ids
+    assert b"".join(vocabulary.pieces[index] for index in ids) == b"a  b"
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("0123456789 .kΩµ"), max_size=60)
 texts |= st.lists(st.sampled_from(CORPUS[0].split() + CORPUS[1].split())).map(" ".join)
 
