@@ -6,7 +6,7 @@ from q2t.compression.depth import block_influence, keep_layers
 from q2t.compression.vocabulary import slice_embeddings, trim
 from q2t.config import load
 from q2t.determinism import seed_everything
-from q2t.distillation.batches import calibration
+from q2t.distillation.batches import calibration, output_head
 from q2t.distillation.rows import encode, prompts
 from q2t.records import Example, read_jsonl, write_json
 from q2t.sources import load_model, load_tokenizer, save_model
@@ -23,6 +23,7 @@ def main() -> None:
     with stage_run("initialize") as tracked:
         examples = read_jsonl(Path("data/filtered/examples.jsonl"), Example)
         model, tokenizer = load_model(Path(settings.model)), load_tokenizer(Path(settings.model))
+        output_head(model)  # refused here, and not at the first step of distill
         # Ids are hashes, so the first rows are a random sample.
         sample = [row for row in examples if row.domain == "target"][: settings.calibration_rows]
         influence = block_influence(model.to(params.compute.device), calibration(encode(tokenizer, sample)))

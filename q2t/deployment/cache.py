@@ -92,7 +92,12 @@ def grouped_query_attention(
 
     Returns:
         [batch, 1, heads, width], and no weights.
+
+    Raises:
+        ValueError: a cap on the scores (gemma-2) or sinks beside them (gpt-oss), which no fused kernel knows.
     """
+    if named := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
+        raise ValueError(f"the model's attention has a {named[0]}, which is not computed here: take a model without it")
     batch, heads, length, width = query.shape
     if length > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

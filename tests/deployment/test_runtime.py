@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from q2t.config import Compute, Scratch, Source
 from q2t.deployment.runtime import NUCLEUS, Request, TorchEngine, load, sample
@@ -55,6 +56,16 @@ def test_a_text_is_not_cleaned_up(folder):
     runtime._steps = lambda requests, *_: ({0: token} for token in tokens)
     assert "".join(runtime.stream("?", max_new_tokens=50)) == said
     assert answers(runtime, [Request("?")])[0].text == said
+
+
+def test_attention_with_a_cap_on_its_scores_is_refused(folder, tmp_path):
+    """transformers' fused kernel leaves gemma-2's out, and says nothing."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    config = Gemma2Config(vocab_size=300, num_key_value_heads=2, attn_logit_softcapping=0.5, **sizes)
+    save_model(Gemma2ForCausalLM(config), load_tokenizer(folder), tmp_path / "gemma2")
+    with pytest.raises(ValueError, match="attention has a softcap, which is not computed here"):
+        answers(load(tmp_path / "gemma2", COMPUTE), [Request("?")])
 
 
 def test_a_row_samples_from_its_own_stream_whatever_shares_its_batch(folder):
