@@ -32,6 +32,7 @@ _NORMAL_FORM = (
     (r"\\mu(?![a-z])", "μ"),
     (r"\\", ""),
     (r"(?<![\w.,^-])(\d{1,3})[ ,](\d{3})(?:[ ,](\d{3}))?(?:[ ,](\d{3}))?(?!\d)", r"\1\2\3\4"),
+    (r"(?<![\w.,/])(\d+),(\d{1,2})(?![\d,])", r"\1.\2"),
     (rf"(?<=\d) ?(?:[xX×·⋅*]|times|cdot) ?{_TEN}", r"e\1\2"),
     (rf"(?<![\w.]){_TEN}", r"1e\1\2"),
     (r"[ {}*]+", " "),
@@ -40,7 +41,9 @@ _NORMAL_FORM = (
 _PREFIXES = {"kil": "k", "meg": "M", "gig": "G", "mil": "m", "mic": "u", "nan": "n", "pic": "p"}
 _NUMBER = (
     # An exponent whose base was not understood is no number of its own.
-    r"(?<![\w.^])(?<![eE^][-+])(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?: ?[eE][-+]?\d{1,3})?)"
+    # Nor is what stands behind a fraction's stroke or a comma. A minus behind a digit is an operator, or from .. to.
+    r"(?<![\w.^])(?<![eE^][-+])(?<!\d[,/])"
+    r"(?P<number>(?:(?<![^\s=(:])(?<!\d )-)?(?:\d+(?:\.\d+)?|\.\d+)(?: ?[eE][-+]?\d{1,3})?)"
     r"[ -]?(?P<prefix>(?i:kilo?|mega?|giga?|milli|micro|nano|pico)|[kKMGmuμnp])?"
 )
 _RKM = {"ohm": "RkKM", "F": "pnuμm"}

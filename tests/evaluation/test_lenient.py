@@ -158,6 +158,22 @@ def test_a_bare_result_counts_where_nothing_has_the_unit(text):
     assert lenient.judge(value("ohm", 4700), text, "length").correct, lenient.extract(value("ohm"), text)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Rf = -gain * Rin = -1.41e+06 ohm", "-1410000 ohm"),
+        ("R is −4.7 kΩ", "-4700 ohm"),
+        ("15-20 ohm", "20 ohm"),
+        ("15 -20 ohm", "20 ohm"),
+        ("4,7 kohm", "4700 ohm"),
+        ("4,700 ohm", "4700 ohm"),
+        ("(R=-20 ohm)", "-20 ohm"),
+    ],
+)
+def test_signs_and_commas_are_read_as_they_are_meant(text, found):
+    assert lenient.extract(value("ohm"), text) == found
+
+
 def test_the_unit_counts_for_more_than_an_equals_sign():
     assert lenient.extract(value("ohm"), "R is 4.7k ohm. Check: 4700*2=9400") == "4700 ohm"
 
@@ -174,6 +190,7 @@ def test_the_unit_counts_for_more_than_an_equals_sign():
         ("V = 20 V", "ohm"),
         ("V = 20.5 V.", "ohm"),
         ("V = 20,5 V", "ohm"),
+        ("1/20 ohm", "ohm"),
         ("i = 20%", "ohm"),
         ("\\omega = 20\\omega", "ohm"),
         ("20 apples", "ohm"),
