@@ -36,9 +36,26 @@ def changed(tmp_path, change):
         (lambda p: p["label"].update(beside={"models/gpt": 0.2}), "label: beside names 'models/gpt', and DVC"),
         (
             lambda p: p["label"].update(
-                beside={"models/teacher": 0.9, "models/sources/a": 0.3, "models/sources/b": 0.7}
+                beside={"models/teacher": 0.9, "models/sources/smollm2": 1.0 - 1e-9}
             ),
             "beside has weights of 1 together for what expert wrote",  # its own does not count
+        ),
+        (lambda p: p["label"].update(beside={"models/sources/typo": 0.2}), "one of models/teacher, models/sources/s"),
+        (lambda p: p["label"].update(top_k=6400), "label: top_k is 6400, and initialize.vocabulary leaves"),
+        (
+            lambda p: p["prune"].update(sparsity=0.1, adapter={"kind": "lora", "modules": ["q_proj"]}),
+            "sparsity shrinks the weights that an adapter leaves as they are",
+        ),
+        (
+            lambda p: p["distill"].update(
+                online={"teacher": "models/teacher", "logits": True}, phases=[{"online": False}]
+            ),
+            "online has no effect: all phases leave it out",
+        ),
+        (lambda p: p["distill"].update(phases=[{"beta": 0.3}]), "phase 1 has beta, which forward_kl doesn't know"),
+        (
+            lambda p: p["distill"].update(phases=[{"on_policy": OWN, "teacher_only": ["target"]}]),
+            "phase 1 has teacher_only, which all of on_policy is",
         ),
         (lambda p: p["evaluate"]["models"].pop("teacher"), "'evaluate' in .*: .*models has no teacher"),
         (lambda p: p["specialize"].update(source="smolm2"), r"specialize: source 'smolm2' is not in sources: \['smol"),

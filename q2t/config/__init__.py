@@ -5,7 +5,6 @@ params.yaml is read as YAML 1.2, as DVC writes it (after `-S lr=5e-5` a YAML 1.1
 
 import difflib
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -58,8 +57,6 @@ __all__ = [
 ]
 
 PARAMS = Path("params.yaml")
-WATCHED = re.compile(r"models/(teacher|sources/[^/]+)")
-"""Folders that dvc.yaml's label, distill and prune depend on."""
 
 
 class Source(Section):
@@ -111,7 +108,7 @@ class Compute(Section):
     threads: int = Field(gt=0)
     dtype: Literal["float32", "bfloat16"]
     device: Literal["cpu", "cuda"]
-    """Of several GPUs, CUDA_VISIBLE_DEVICES chooses the one: which it is changes no result."""
+    """Of several GPUs, CUDA_VISIBLE_DEVICES chooses the one: among equal ones, which it is changes no result."""
 
 
 class Capability(Section):
@@ -275,6 +272,11 @@ class Params(Section):
             raise ValueError(f"specialize: source {self.specialize.source!r} is not in sources: {list(self.sources)}")
         if unknown := [name for name in self.filter.teachers if name not in self.teachers]:
             raise ValueError(f"filter: teachers names {unknown}, which are not in teachers: {list(self.teachers)}")
+        if self.label.top_k >= self.initialize.vocabulary:
+            raise ValueError(
+                f"label: top_k is {self.label.top_k}, and initialize.vocabulary leaves the student no more than "
+                f"{self.initialize.vocabulary} tokens: choose a smaller top_k"
+            )
         if "reference" not in self.teachers or self.teachers["reference"].prompts != "general_test":
             raise ValueError(
                 "teachers: reference answers what forgetting is measured on: give it, with prompts: general_test"
@@ -283,19 +285,21 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _teachers_are_watched(self) -> "Params":
+        # Folders that dvc.yaml's label, distill and prune depend on.
+        watched = ["models/teacher", *(f"models/sources/{name}" for name in self.sources)]
         for folder in self.label.beside:
-            if not WATCHED.fullmatch(folder):
+            if folder not in watched:
                 raise ValueError(
-                    f"label: beside names {folder!r}, and DVC would not see it change: name models/teacher or "
-                    "models/sources/NAME, and put other models into sources; an endpoint has no probabilities to mix"
+                    f"label: beside names {folder!r}, and DVC would not see it change: name one of "
+                    f"{', '.join(watched)}, and put other models into sources; an endpoint has no probabilities to mix"
                 )
         for name, section in (("distill", self.distill), ("prune", self.prune)):
             for phase in section.in_phases():
                 for key, given in (("online", phase.online), ("on_policy", phase.on_policy)):
-                    if given and not WATCHED.fullmatch(given.teacher):
+                    if given and given.teacher not in watched:
                         raise ValueError(
-                            f"{name}: {key}.teacher is {given.teacher!r}, and DVC would not see it change: name "
-                            "models/teacher or models/sources/NAME, and put other models into sources"
+                            f"{name}: {key}.teacher is {given.teacher!r}, and DVC would not see it change: name one "
+                            f"of {', '.join(watched)}, and put other models into sources"
                         )
         return self
 

@@ -175,6 +175,10 @@ class Distill(Optimizer):
     @model_validator(mode="after")
     def _phases_fit_their_teachers(self) -> "Distill":
         in_phases = self.in_phases()
+        if self.online and not any(phase.online for phase in in_phases):
+            raise ValueError("online has no effect: all phases leave it out")
+        if self.adapter and any(phase.sparsity for phase in in_phases):
+            raise ValueError("sparsity shrinks the weights that an adapter leaves as they are: leave one of them out")
         learnt = {domain for phase in in_phases for domain in phase.domains}
         if unknown := sorted({domain for phase in in_phases for domain in phase.teacher_only} - learnt):
             raise ValueError(f"{unknown} in teacher_only has no rows: no phase has it in domains")
@@ -184,6 +188,10 @@ class Distill(Optimizer):
                     f"phase {number} has alpha, which has no effect on_policy, where the teacher's word is all there "
                     "is: leave it out"
                 )
+            if given.teacher_only and phase.on_policy:
+                raise ValueError(f"phase {number} has teacher_only, which all of on_policy is: leave it out")
+            if given.beta is not None and phase.divergence != "jsd":
+                raise ValueError(f"phase {number} has beta, which {phase.divergence} doesn't know: leave it out")
             if phase.online and phase.on_policy:
                 raise ValueError(
                     f"phase {number} is on_policy and has an online teacher, which knows the rows' own answers only: "
