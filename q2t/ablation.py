@@ -138,7 +138,7 @@ def result(experiment: Experiment, root: Path) -> dict[str, Any]:
     model = experiment.target.removeprefix("evaluate@")
     paths = {"filter": "reports/metrics/filter.json", "evaluated": f"reports/metrics/evaluate_{model}.json"}
     texts = read_files(root, experiment.reference, paths | {LOCK: LOCK, PARAMS: PARAMS})
-    stages, params = read_yaml(texts[LOCK])["stages"], read_yaml(texts[PARAMS])
+    stages, params = read_yaml(texts[LOCK], LOCK)["stages"], read_yaml(texts[PARAMS], PARAMS)
     own = {key.removeprefix("+").partition(".")[0] for key in experiment.changes}
     beside = "evaluate@teacher"
     if beside in stages and _asked(stages, beside, own) != _asked(stages, experiment.target, own):
@@ -244,13 +244,13 @@ def sizes(root: Path = Path(".")) -> str:
 
 
 def _groups() -> dict[str, Any]:
-    groups: dict[str, Any] = read_yaml(LIST.read_text(encoding="utf-8"))
+    groups: dict[str, Any] = read_yaml(LIST.read_text(encoding="utf-8"), LIST)
     return groups
 
 
 def _results(group: str, root: Path) -> dict[str, Any]:
     """By name the results of those that were run, in the order of ablations.yaml."""
-    present = out_hashes(read_yaml((root / LOCK).read_text(encoding="utf-8"))["stages"])
+    present = out_hashes(read_yaml((root / LOCK).read_text(encoding="utf-8"), LOCK)["stages"])
     found = {}
     for each in experiments(group):
         path = root / RESULTS / f"{each.slug}.json"

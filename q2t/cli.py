@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,9 +22,17 @@ def catalog(arguments: argparse.Namespace) -> None:
 
 
 def profile(arguments: argparse.Namespace) -> None:
+    from q2t.config import PARAMS
     from q2t.profile import apply
 
+    edited = subprocess.run(["git", "diff-index", "--quiet", "HEAD", "--", PARAMS], capture_output=True).returncode == 1
     changed = apply(arguments.name)
+    if edited:
+        print(
+            f"{PARAMS} was not the last commit's: what it said elsewhere stays. `git checkout {PARAMS}` before "
+            f"`q2t profile {arguments.name}` gives the profile alone.",
+            file=sys.stderr,
+        )
     print("\n".join(f"changed {path}" for path in changed) or "params.yaml has these values already")
 
 
@@ -35,6 +44,7 @@ def track(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     from q2t.evaluation import cost
+    from q2t.lockfile import SUMMARY, md5
     from q2t.records import write_json
     from q2t.tracking import log_timings
 
@@ -43,7 +53,8 @@ def measure(arguments: argparse.Namespace) -> None:
     stages = log_timings(models)
     if stages:
         print(f"\n{table(stages)}")
-    write_json(cost.TIMINGS, {"machine": cost.machine(), "models": models, "stages": stages})
+    of = {"summary": md5(Path(SUMMARY)), "machine": cost.machine()}
+    write_json(cost.TIMINGS, of | {"models": models, "stages": stages})
 
 
 def knowledge(model: str, summary: Path = Path("reports/summary.json")) -> dict[str, Any]:
@@ -72,6 +83,13 @@ def ask(arguments: argparse.Namespace) -> None:
     for piece in runtime.stream(arguments.question, max_new_tokens=ANSWER):
         print(piece, end="", flush=True)
     print()
+
+
+def count(text: str) -> int:
+    """A number of things, for argparse."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -109,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     made = verb(ask, "Ask a model, and print its answer as it comes.")
     made.add_argument("question")
     made.add_argument("--model", type=Path, default=Path("models/int8"), help="model folder (default: %(default)s)")
-    made.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    made.add_argument("--threads", type=count, default=2, help="CPU threads (default: %(default)s)")
 
     made = verb(catalog, "Read the parts catalogue anew from KiCad's symbol libraries.")
     made.add_argument("symbols", type=Path, metavar="SYMBOLS", help="folder of .kicad_sym files")

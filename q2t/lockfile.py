@@ -41,7 +41,7 @@ def read_result(root: Path, rev: str | None = None) -> Result:
     """
     commit = _known(root, rev) if rev else _commit(root, "HEAD")
     read = _reader(root, commit if rev else None)
-    params, locked = read_yaml(read(PARAMS)), read_yaml(read(LOCK))["stages"]
+    params, locked = read_yaml(read(PARAMS), PARAMS), read_yaml(read(LOCK), LOCK)["stages"]
     params.pop("tracking", None)
     stages = {}
     for name in _stage_names(root, commit if rev else None):  # dvc.lock keeps stages of earlier graphs
@@ -191,7 +191,23 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def read_yaml(text: str) -> Any:
-    from ruamel.yaml import YAML
+def md5(path: Path) -> str:
+    """Of a file, in hexadecimal, as DVC has it."""
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
-    return YAML(typ="safe").load(text)
+
+def read_yaml(text: str, name: object) -> dict[str, Any]:
+    """The map that the file of this name holds.
+
+    Raises:
+        ValueError: no YAML, after a merge conflict for example, or no map.
+    """
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        found = YAML(typ="safe").load(text)
+    except YAMLError as error:
+        raise ValueError(f"{name} is no YAML: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} is no YAML map: is it empty?")
+    return found

@@ -45,6 +45,8 @@ def apply(name: str, params: Path = Path("params.yaml"), profiles: Path = PROFIL
         tree, indent, offset = load_yaml_guess_indent(params.read_text(encoding="utf-8"), yaml=yaml)
     except YAMLError as error:
         raise ValueError(f"{params} is no YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{params} is empty: `git checkout {params}` brings it back")
     yaml.indent(sequence=indent, offset=offset)
     changed = merge(tree, yaml.load(profiles / f"{name}.yaml") or {}, profile=name)
 

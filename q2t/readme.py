@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from q2t import ablation
-from q2t.lockfile import SUMMARY
+from q2t.lockfile import SUMMARY, md5
 from q2t.report import publish
 from q2t.report.summary import markdown_table
 
 README = Path("README.md")
 METHODS = Path("docs/distillation.md")
 FULL, FULL_TIMES = "reports/profiles/full.json", "reports/profiles/full.times.json"
-"""The summary that a run of profile `full` left, and what its stages took, with the `commit` that it ran."""
+"""The summary that a run of profile `full` left, and what its stages took, with `commit` and `summary` as below."""
 TIMES = "reports/profiles/quickstart.times.json"
-"""What `q2t measure` found after the committed run, with the `commit` that it ran."""
+"""What `q2t measure` found after the committed run, with the `commit` that it ran and the `summary` that it left."""
 
 
 def fill(readme: Path, name: str, text: str) -> None:
@@ -33,14 +33,24 @@ def fill(readme: Path, name: str, text: str) -> None:
     publish(readme, f"{head}{begin}\n{text}\n{end}{tail}")
 
 
-def results(root: Path) -> str:
-    """The table of the committed run's models, and the commit that it ran."""
-    return f"{markdown_table(_read(root, SUMMARY))}\n\nRun at commit `{_read(root, TIMES)['commit']}`."
+def results(root: Path, summary: str = SUMMARY, times: str = TIMES) -> str:
+    """The table of the committed run's models, and the commit that it ran.
+
+    Raises:
+        ValueError: the times, and so their commit, are another run's.
+    """
+    run = _read(root, times)
+    if run["summary"] != md5(root / summary):
+        raise ValueError(
+            f"{times} is of another run than {summary}: after `q2t measure`, copy reports/timings.json there and add "
+            "the `commit` that ran"
+        )
+    return f"{markdown_table(_read(root, summary))}\n\nRun at commit `{run['commit']}`."
 
 
 def full(root: Path) -> str:
-    """The table of profile `full`, and the commit that it ran."""
-    return f"{markdown_table(_read(root, FULL))}\n\nRun at commit `{_read(root, FULL_TIMES)['commit']}`."
+    """As `results`, of profile `full`."""
+    return results(root, FULL, FULL_TIMES)
 
 
 def _read(root: Path, path: str) -> Any:

@@ -119,7 +119,7 @@ def published(out: str, *, needed: bool) -> Path | None:
     from q2t.lockfile import LOCK, cached, entry_before, out_hashes, read_yaml
 
     lock = Path(LOCK)
-    stages = read_yaml(lock.read_text(encoding="utf-8"))["stages"] if lock.is_file() else {}
+    stages = read_yaml(lock.read_text(encoding="utf-8"), LOCK)["stages"] if lock.is_file() else {}
     stage, md5 = next(((n, h) for n, entry in stages.items() if (h := out_hashes({n: entry}).get(out))), ("", ""))
     found = cached(md5) if md5 else None
     if md5 and not found and needed and _asked(stages[stage]) == _asked(entry_before(stage, Path("."))):

@@ -32,6 +32,7 @@ from q2t.stage import is_main
 
 logger = logging.getLogger(__name__)
 
+COMMIT = "mlflow.source.git.commit"
 HEADLINE = ("accuracy", "retention", "parameters", "bytes")
 """A model's figures that a pipeline run shows, as MODEL.FIGURE. The others are in the runs of `evaluate`: all of
 them together are 200 columns, among which nobody finds these."""
@@ -70,7 +71,9 @@ def init_store(root: Path = Path(".")) -> Store:
 
     for noisy, level in {"alembic": logging.WARNING, "mlflow": logging.WARNING, "urllib3": logging.ERROR}.items():
         logging.getLogger(noisy).setLevel(level)  # urllib3 warns of every retry
-    settings = read_yaml((root / PARAMS).read_text(encoding="utf-8"))["tracking"]
+    settings = read_yaml((root / PARAMS).read_text(encoding="utf-8"), PARAMS).get("tracking")
+    if not settings:
+        raise ValueError(f"{PARAMS} has no section tracking, which names the store")
     uri, name, artifacts = settings["uri"], settings["experiment"], None
     lock: AbstractContextManager[Any] = nullcontext()
     if uri.startswith("sqlite:///"):
@@ -86,7 +89,8 @@ def init_store(root: Path = Path(".")) -> Store:
     except mlflow.MlflowException as error:
         away = isinstance(error.__context__, OSError)  # as all errors of requests are
         reason = f"no server answers: start it, or correct {PARAMS}" if away else str(error).splitlines()[0]
-        raise ValueError(f"tracking.uri {settings['uri']}: {reason}") from error
+        without_secret = re.sub(r"//[^/@]*@", "//***@", settings["uri"])
+        raise ValueError(f"tracking.uri {without_secret}: {reason.replace(settings['uri'], without_secret)}") from error
 
 
 class StageRun:
@@ -169,8 +173,9 @@ def track(root: Path = Path("."), rev: str | None = None) -> str:
             child = _child(store, run_id, stage, entry, result.files)
             store.client.set_tag(run_id, mlflow_name(f"q2t.stage.{stage}"), child)
         store.client.set_terminated(run_id)
-    if result.commit:
-        store.client.set_tag(run_id, "mlflow.source.git.commit", result.commit)
+    # The first commit that holds the result, which later ones, of other code, hold too.
+    if result.commit and COMMIT not in store.client.get_run(run_id).data.tags:
+        store.client.set_tag(run_id, COMMIT, result.commit)
     return run_id
 
 
@@ -178,15 +183,15 @@ def log_timings(models: list[dict[str, Any]], root: Path = Path(".")) -> list[di
     """Add what `q2t measure` measured to the pipeline run, as often as it is measured.
 
     Returns:
-        A row for each stage of the result, in the order in which they ran: `stage`, `minutes`, `peak_memory_mb`.
-        A stage that DVC restored and that never ran here has none.
+        A row for each stage of the result as it last ran, in that order: `stage`, `minutes`, `peak_memory_mb`. A stage
+        that DVC restored and that never ran here has none.
     """
     stages: list[dict[str, Any]] = []
     with _spared("timings"):
         store, run_id = init_store(root), track(root)
         _log_metrics(store, run_id, flatten({"measured": {row["model"]: row for row in models}}))
-        tags = store.client.get_run(run_id).data.tags
-        runs = [store.client.get_run(child) for tag, child in tags.items() if tag.startswith("q2t.stage.")]
+        entries = read_result(root).stages.items()
+        runs = [run for stage, entry in entries for run in _live_runs(store, inputs_key(stage, entry))[:1]]
         for run in sorted(runs, key=lambda run: run.info.start_time):
             cost = run.data.metrics
             if "seconds" in cost:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import resource
@@ -53,6 +54,14 @@ teachers:
     samples: 1
     temperature: 0.7
     top_p: 0.9
+    max_new_tokens: 9
+    batch_size: 2
+  reference:
+    model: models/sources/large
+    prompts: general_test
+    samples: 1
+    temperature: 0.0
+    top_p: 1.0
     max_new_tokens: 9
     batch_size: 2
 filter:
@@ -148,6 +157,7 @@ sources:
 capability:
   families:
     - led  # the easy one
+specialize: {source: tiny}
 """
     assert overlay(text) == 0
     after = Path("params.yaml").read_text()
@@ -157,7 +167,8 @@ capability:
 
 
 def test_named_maps_are_replaced_whole(here):
-    assert overlay("sources: {small: {path: x}}\nevaluate: {models: {teacher: models/teacher}, lenient: []}\n") == 0
+    models = "evaluate: {models: {teacher: models/teacher}, lenient: []}\n"
+    assert overlay("sources: {small: {path: x}}\nspecialize: {source: small}\n" + models) == 0
     params = load(Path("params.yaml"))
     assert list(params.sources) == ["small"] and params.evaluate.models == {"teacher": "models/teacher"}
     assert params.evaluate.resamples == 100
@@ -165,10 +176,13 @@ def test_named_maps_are_replaced_whole(here):
 
 
 def test_a_profile_applied_twice_is_applied_once(here, capsys):
-    text = "seed: 3\nsources: {small: {path: x}}\ncapability: {families: [rc]}\n"
+    text = "seed: 3\nsources: {small: {path: x}}\nspecialize: {source: small}\ncapability: {families: [rc]}\n"
     overlay(text)
     once = Path("params.yaml").read_bytes()
-    assert capsys.readouterr().out.split() == "changed seed changed sources changed capability.families".split()
+    assert capsys.readouterr().out.split() == [
+        *("changed", "seed", "changed", "sources"),
+        *("changed", "specialize.source", "changed", "capability.families"),
+    ]
     overlay(text)
     assert Path("params.yaml").read_bytes() == once
     assert "already" in capsys.readouterr().out
@@ -190,13 +204,36 @@ def test_a_wrong_profile_is_one_clear_error_and_changes_nothing(here, capsys, te
     assert Path("params.yaml").read_text() == PARAMS and not list(here.glob("*.partial"))
 
 
-@pytest.mark.parametrize("arguments", [["profile", "tiny"], ["measure"]])
-def test_parameters_that_are_no_yaml_are_one_clear_error(here, capsys, arguments):
+@pytest.mark.parametrize("arguments", [["profile", "tiny"], ["measure"], ["track"]])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("seed: [1\nlabel: {", "is no YAML: while parsing"), ("", "(is empty|is no YAML map|got None)")],
+)
+def test_parameters_that_are_no_yaml_are_one_clear_error(here, capsys, arguments, text, message):
     overlay("seed: 2")
     capsys.readouterr()
-    Path("params.yaml").write_text("seed: [1\nlabel: {")
+    Path("params.yaml").write_text(text)
+    Path("dvc.lock").write_text("stages: {}")
     assert cli.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("q2t: params.yaml is no YAML: while parsing")
+    assert re.match(f"q2t: params.yaml.*{message}", capsys.readouterr().err, re.DOTALL)
+
+
+def test_a_profile_on_edited_parameters_says_so(here, capsys):
+    for command in (
+        ["init", "-q"],
+        ["add", "params.yaml"],
+        ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c"],
+    ):
+        subprocess.run(["git", *command], check=True)
+    assert overlay("seed: 3") == 0 and not capsys.readouterr().err
+    assert overlay("seed: 4") == 0
+    assert "`git checkout params.yaml` before `q2t profile tiny`" in capsys.readouterr().err
+
+
+def test_no_threads_are_no_choice(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["ask", "why?", "--threads", "0"])
+    assert "argument --threads: invalid count value: '0'" in capsys.readouterr().err
 
 
 def test_an_unknown_profile_names_the_known_ones(here, capsys):
@@ -260,6 +297,7 @@ def test_measure_shows_cost_beside_what_is_known_and_logs_it(here, monkeypatch, 
     assert logged == rows
     written = json.loads(Path("reports/timings.json").read_text())
     assert re.fullmatch(r"\d+ cores of .+ \(.+\).*, torch .+", written.pop("machine"))
+    assert written.pop("summary") == hashlib.md5(Path("reports/summary.json").read_bytes()).hexdigest()
     assert written == {"models": rows, "stages": stages}
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from q2t import ablation
-from q2t.readme import fill, full, results, times
+from q2t.lockfile import SUMMARY
+from q2t.readme import TIMES, fill, full, results, times
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,6 +30,16 @@ def test_a_readme_without_markers_is_left_alone(text, tmp_path):
     with pytest.raises(ValueError, match="results:begin"):
         fill(readme, "results", "new")
     assert readme.read_text() == text
+
+
+def test_a_table_of_another_run_than_its_commit_is_refused(tmp_path):
+    for path in (SUMMARY, TIMES):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes((ROOT / path).read_bytes())
+    assert results(tmp_path) == results(ROOT)
+    (tmp_path / SUMMARY).write_text((ROOT / SUMMARY).read_text().replace("0", "1", 1))
+    with pytest.raises(ValueError, match="quickstart.times.json is of another run than reports/summary.json"):
+        results(tmp_path)
 
 
 def test_the_readme_shows_the_committed_results():

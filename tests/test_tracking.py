@@ -149,6 +149,17 @@ def test_the_commit_is_named_where_it_holds_the_result(runs, project):
     assert client.get_run(first["hot"]).data.tags["mlflow.source.git.commit"] != head
 
 
+def test_a_later_commit_with_the_same_result_is_not_named(runs, project):
+    client, _, first, _, _ = runs
+    before = client.get_run(first["HEAD"]).data.tags["mlflow.source.git.commit"]
+    run("git", "commit", "-q", "--allow-empty", "-m", "other code", cwd=project)
+    try:
+        assert tracking.track(project, "HEAD") == first["HEAD"]
+        assert client.get_run(first["HEAD"]).data.tags["mlflow.source.git.commit"] == before
+    finally:
+        run("git", "reset", "-q", "--soft", "HEAD~1", cwd=project)
+
+
 def test_a_live_run_is_adopted_with_its_curve_and_inputs(runs, project):
     client, experiment, first, _, _ = runs
     stage = client.get_run(client.get_run(first["HEAD"]).data.tags["q2t.stage.distill"])
@@ -320,6 +331,15 @@ def test_timings_are_added_to_the_pipeline_run_and_stages_say_what_they_took(run
     # The others never showed themselves here, as if DVC had restored them.
     assert stages == [{"stage": "distill", "minutes": 1.5, "peak_memory_mb": peak}]
     assert peak > 20
+    adopted = client.get_run(distill)
+    again = client.create_run(adopted.info.experiment_id, tags={"q2t.inputs": adopted.data.tags["q2t.inputs"]}).info
+    for name, value in {"seconds": 30.0, "peak_memory_mb": 100.0}.items():
+        client.log_metric(again.run_id, name, value)
+    client.set_tag(again.run_id, "mlflow.runName", "distill")
+    client.set_terminated(again.run_id)  # `dvc repro --force`, to the same bytes
+    stages = tracking.log_timings([], project)
+    client.delete_run(again.run_id)
+    assert stages == [{"stage": "distill", "minutes": 0.5, "peak_memory_mb": 100.0}]
 
 
 def test_stages_of_an_experiment_took_what_their_newest_runs_did(runs, project):
@@ -346,9 +366,9 @@ def test_a_stage_logs_its_time_and_peak_memory(project, fails):
 @pytest.fixture
 def unreachable(project, free_port):
     """The project while its params.yaml names a tracking server that is down, and the server's address."""
-    text, uri = (project / "params.yaml").read_text(), f"http://127.0.0.1:{free_port}"
+    text, uri = (project / "params.yaml").read_text(), f"http://ada:s3cret@127.0.0.1:{free_port}"
     (project / "params.yaml").write_text(text.replace("sqlite:///.q2t/mlflow.db", uri))
-    yield uri
+    yield uri.replace("ada:s3cret", "***")
     (project / "params.yaml").write_text(text)
 
 

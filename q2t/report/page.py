@@ -115,10 +115,7 @@ def headline(summary: Mapping[str, Any]) -> str:
         for name, row in summary.items()
         if "lenient" in row
     ]
-    return (
-        f"{found} Without training on these families, {', '.join(free)}; "
-        f"blind guesses {report.percent(guesses['accuracy'])}."
-    )
+    return f"{found} Judged by free text, {', '.join(free)}; blind guesses {report.percent(guesses['accuracy'])}."
 
 
 def is_current(stage: str, params: Mapping[str, Any]) -> bool:

@@ -84,7 +84,7 @@ def test_every_section_has_its_figures(html: str) -> None:
     for text in (
         "int8 reaches 40.0% accuracy on 100 unseen problems, its teacher 65.0%",
         "61.5% retained, at 64 MB instead of 269 MB (24%).",
-        "Without training on these families, base with worked examples 10.0%; blind guesses 6.7%.",
+        "Judged by free text, base with worked examples 10.0%; blind guesses 6.7%.",
         "Expected: 470 ohm.",
         "✗ wrong value: 460 ohm",
         "(wrong value 1,500, wrong part 300)",
