@@ -44,7 +44,6 @@ def track(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     from q2t.evaluation import cost
-    from q2t.lockfile import SUMMARY, md5
     from q2t.records import write_json
     from q2t.tracking import log_timings
 
@@ -53,8 +52,7 @@ def measure(arguments: argparse.Namespace) -> None:
     stages = log_timings(models)
     if stages:
         print(f"\n{table(stages)}")
-    of = {"summary": md5(Path(SUMMARY)), "machine": cost.machine()}
-    write_json(cost.TIMINGS, of | {"models": models, "stages": stages})
+    write_json(cost.TIMINGS, {"machine": cost.machine(), "models": models, "stages": stages})
 
 
 def knowledge(model: str, summary: Path = Path("reports/summary.json")) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from q2t.report.summary import markdown_table
 
 README = Path("README.md")
 METHODS = Path("docs/distillation.md")
-FULL, FULL_TIMES = "reports/profiles/full.json", "reports/profiles/full.times.json"
-"""The summary that a run of profile `full` left, and what its stages took, with `commit` and `summary` as below."""
+RUN, FULL_RUN = "reports/profiles/quickstart.run.json", "reports/profiles/full.times.json"
+"""Which `commit` the committed run and that of profile `full` ran, and the MD5 of the `summary` that it left."""
+FULL = "reports/profiles/full.json"
+"""The summary of profile `full`."""
 TIMES = "reports/profiles/quickstart.times.json"
-"""What `q2t measure` found after the committed run, with the `commit` that it ran and the `summary` that it left."""
+"""What `q2t measure` found after a run of the quickstart, with the `commit` that it ran."""
 
 
 def fill(readme: Path, name: str, text: str) -> None:
@@ -33,24 +35,21 @@ def fill(readme: Path, name: str, text: str) -> None:
     publish(readme, f"{head}{begin}\n{text}\n{end}{tail}")
 
 
-def results(root: Path, summary: str = SUMMARY, times: str = TIMES) -> str:
+def results(root: Path, summary: str = SUMMARY, run: str = RUN) -> str:
     """The table of the committed run's models, and the commit that it ran.
 
     Raises:
-        ValueError: the times, and so their commit, are another run's.
+        ValueError: the commit is another run's.
     """
-    run = _read(root, times)
-    if run["summary"] != md5(root / summary):
-        raise ValueError(
-            f"{times} is of another run than {summary}: after `q2t measure`, copy reports/timings.json there and add "
-            "the `commit` that ran"
-        )
-    return f"{markdown_table(_read(root, summary))}\n\nRun at commit `{run['commit']}`."
+    ran, found = _read(root, run), md5(root / summary)
+    if ran["summary"] != found:
+        raise ValueError(f"{run} is of another run than {summary}: write there the `commit` that ran and {found}")
+    return f"{markdown_table(_read(root, summary))}\n\nRun at commit `{ran['commit']}`."
 
 
 def full(root: Path) -> str:
     """As `results`, of profile `full`."""
-    return results(root, FULL, FULL_TIMES)
+    return results(root, FULL, FULL_RUN)
 
 
 def _read(root: Path, path: str) -> Any:

@@ -6,7 +6,7 @@ import pytest
 
 from q2t import ablation
 from q2t.lockfile import SUMMARY
-from q2t.readme import TIMES, fill, full, results, times
+from q2t.readme import RUN, fill, full, results, times
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,12 +33,12 @@ def test_a_readme_without_markers_is_left_alone(text, tmp_path):
 
 
 def test_a_table_of_another_run_than_its_commit_is_refused(tmp_path):
-    for path in (SUMMARY, TIMES):
+    for path in (SUMMARY, RUN):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes((ROOT / path).read_bytes())
     assert results(tmp_path) == results(ROOT)
     (tmp_path / SUMMARY).write_text((ROOT / SUMMARY).read_text().replace("0", "1", 1))
-    with pytest.raises(ValueError, match="quickstart.times.json is of another run than reports/summary.json"):
+    with pytest.raises(ValueError, match="quickstart.run.json is of another run than reports/summary.json"):
         results(tmp_path)
 
 

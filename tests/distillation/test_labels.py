@@ -258,7 +258,7 @@ def test_a_wrong_map_names_the_row(model: Any, tokenizer: Any, examples: Any) ->
     to_student = torch.arange(len(text))
     x = text.convert_tokens_to_ids("k")
     to_student[x] = -1
-    with pytest.raises(ValueError, match=r"row e0: token \d+ is \[-1\]"):
+    with pytest.raises(ValueError, match=r"row e0: token \d+ of the answer is \[-1\]"):
         call(model(), text, examples(2), to_student=to_student)
 
 
@@ -270,7 +270,7 @@ def test_a_token_that_the_teacher_got_later_is_none_of_the_students(model: Any, 
     network = model(vocabulary=len(teacher) + 5)
     (row,) = call(network, teacher, examples(1), to_student=same, student_tokenizer=student)
     assert row.top_ids.max() < len(student)
-    with pytest.raises(ValueError, match=r"row e0: token \d+ is \[-1\]"):
+    with pytest.raises(ValueError, match=r"row e0: token \d+ of the answer is \[-1\]"):
         later = [example.model_copy(update={"text": "divide"}) for example in examples(1)]
         call(network, teacher, later, to_student=same, student_tokenizer=student)
 

@@ -11,7 +11,7 @@ from q2t.evaluation import harness
 from q2t.evaluation.harness import Judged, degenerate, judge, score
 from q2t.sources import fetch, load_model
 
-SETTINGS = Evaluate(models={"m": "m"}, lenient=[], max_new_tokens=8, batch_size=4, confidence=0.95, resamples=100)
+SETTINGS = Evaluate(models={"teacher": "m"}, lenient=[], max_new_tokens=8, batch_size=4, confidence=0.95, resamples=100)
 (GAIN,) = make_families(["gain"], catalog.read(Path("data/catalog")))
 PROBLEM = GAIN.pose(random.Random(0))
 
