@@ -98,28 +98,7 @@ def test_what_is_no_single_resistance_is_refused(text):
         parse(text, "ohm")
 
 
-PIECES = [
-    "4",
-    "7",
-    ".",
-    ",",
-    "-",
-    "−",
-    "e3",
-    " ",
-    "k",
-    "R",
-    "kilo",
-    "k\u0131lo",
-    "Meg",
-    "ohm",
-    "Ω",
-    "×10",
-    "^",
-    "³",
-    "⁻",
-    "n",
-]
+PIECES = [" ", *"4 7 . , - − e3 k R kilo k\u0131lo Meg ohm Ω ×10 ^ ³ ⁻ n".split()]
 
 
 @given(st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=9).map("".join), st.sampled_from(["ohm", "F"]))
