@@ -299,8 +299,10 @@ def _text(content: Any, reasoning: Any, target: bool) -> str:
 def _joined(content: Any, kind: str) -> str:
     """The texts of one kind, of a content that may come in parts: {"type": "text", "text": "..."}, one of the kind
     "thinking" with parts of its own."""
-    if content is None or isinstance(content, str):
-        return content or "" if kind == "text" else ""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content if kind == "text" else ""
     parts = [part[kind] for part in content if part["type"] == kind]
     return "".join(part if isinstance(part, str) else _joined(part, "text") for part in parts)
 

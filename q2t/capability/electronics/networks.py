@@ -10,7 +10,7 @@ from q2t.records import Json
 
 
 class LedResistor(Calculated):
-    """Series resistor of a string of LEDs: R = (supply - count x forward voltage) / current, next E12 value up."""
+    """Series resistor of a string of LEDs: R = (supply - count x forward voltage) / current, rounded up to E12."""
 
     name = "led"
     unit = "ohm"
@@ -21,9 +21,9 @@ class LedResistor(Calculated):
         "Which E12 resistor, rounded up?",
         "Choose the series resistor, E12, rounded up: supply {supply} V, LEDs {count} x {forward} V, {current} mA.",
         "A {supply} V rail drives {count} LEDs in a row ({forward} V each) with {current} mA. "
-        "Next higher E12 resistor?",
-        "LED string: {count} x {forward} V, {current} mA. Supply: {supply} V. Series resistor from E12, next value up?",
-        "From {supply} V I want {current} mA through {count} LEDs of {forward} V in series. E12 resistor, next one up?",
+        "E12 resistor, rounded up?",
+        "LED string: {count} x {forward} V, {current} mA. Supply: {supply} V. Series resistor rounded up to E12?",
+        "From {supply} V I want {current} mA through {count} LEDs of {forward} V in series. E12 resistor, rounded up?",
         "Limit {count} x {forward} V of LEDs to {current} mA on a {supply} V supply: which E12 value, rounded up?",
     )
     supplies: ClassVar = {

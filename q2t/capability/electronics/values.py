@@ -22,7 +22,7 @@ _NUMBER = rf"(?P<number>[+−-]?(?:[1-9]\d{{0,2}}(?:,\d{{3}})+(?:\.\d*)?|\d+(?:\
 _PLAIN = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹−", "+-0123456789-", ",")
 _PREFIXES = {"": 0, "p": -12, "n": -9, "u": -6, "µ": -6, "μ": -6, "m": -3, "k": 3, "K": 3, "M": 6, "G": 9, "T": 12}
 _PREFIXES |= {"pico": -12, "nano": -9, "micro": -6, "milli": -3, "kilo": 3, "kil": 3, "mega": 6, "meg": 6, "giga": 9}
-_PREFIX = "[pnuµμmkKMGT]?|[pP]ico|[nN]ano|[mM]icro|[mM]illi|[kK]ilo|[kK]il(?=ohm)|[mM]ega|[mM]eg(?=ohm)|[gG]iga"
+_PREFIX = "|".join(name if len(name) < 2 else f"[{name[0]}{name[0].upper()}]{name[1:]}" for name in _PREFIXES)
 _UNITS = {"ohm": "ohms?|Ω|Ω|R", "F": "F|farads?", "V": "V|volts?", "A": "A|amps?|amperes?"}
 _QUANTITIES = {
     unit: re.compile(rf"{_NUMBER}\s*(?P<prefix>{_PREFIX})(?:\s*-?(?i:{names}))?") for unit, names in _UNITS.items()
