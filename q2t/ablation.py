@@ -9,7 +9,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from q2t.evaluation.retention import Correct, retention, retention_interval
-from q2t.lockfile import LOCK, PARAMS, cached, out_hashes, read_files, read_yaml
+from q2t.lockfile import LOCK, PARAMS, cached, lookup, out_hashes, read_files, read_yaml, upstream
 from q2t.records import write_json
 from q2t.report import NOTHING, percent
 from q2t.report.summary import by_family, estimate, markdown_table, verdicts
@@ -33,12 +36,13 @@ BASIC = ("cross-entropy only", "default")
 
 TEACHER = "models/teacher"
 EARLIER = " †"
-"""Behind the name of a result that started from another model than dvc.lock has now, or that changed something else
-than ablations.yaml says now."""
+"""Behind the name of a result that today's run would not come to: it started from another model than dvc.lock has now,
+was asked other problems, or ran with other parameters than params.yaml and ablations.yaml have now."""
 FOOTNOTE = (
-    "† of an earlier run: from another model, which its retention is against too, or with other settings than "
-    "`q2t/ablations.yaml` has now. `make ablations` runs it again."
+    "† of an earlier run: from another model, which its retention is against too, or with other problems or settings "
+    "than now. `make ablations` runs it again."
 )
+PROBLEMS = "data/prompts/test.jsonl"
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,14 @@ class Experiment:
         """What runs it, in a copy of the workspace."""
         sets = [word for key, value in self.changes.items() for word in ("--set-param", f"{key}={_hydra(value)}")]
         return ["dvc", "exp", "run", "--temp", "--name", self.reference, *sets, self.target]
+
+    def changed(self, params: dict[str, Any]) -> dict[str, Any]:
+        """All of params.yaml, as the experiment has it."""
+        changed = deepcopy(params)
+        for key, value in self.changes.items():
+            *path, last = key.removeprefix("+").split(".")
+            reduce(getitem, path, changed)[last] = value
+        return changed
 
 
 def experiments(group: str | None = None) -> list[Experiment]:
@@ -127,7 +139,8 @@ def _succeeds(experiment: Experiment, root: Path) -> bool:
 
 
 def result(experiment: Experiment, root: Path) -> dict[str, Any]:
-    """What the model of this experiment knows, beside its teacher, and the hash of the model that it started from.
+    """What the model of this experiment knows, beside its teacher, and what that hangs on: the hashes of the model that
+    it started from and of the problems, and the parameters of all stages up to its evaluation.
 
     `minutes` are those of its training and its evaluation, as MLflow has them; experiments share what comes before.
 
@@ -152,12 +165,26 @@ def result(experiment: Experiment, root: Path) -> dict[str, Any]:
         "name": experiment.name,
         "changes": experiment.changes,
         "started_from": out_hashes(stages)[experiment.model],
+        "problems": _problems(stages, experiment),
+        "settings": _settings(stages, experiment),
         "rows": json.loads(texts["filter"])["kept"],
         "retention": kept,
         "retention_interval": retention_interval(correct, known, **drawn),
         "families": {family: counts["correct"] / counts["total"] for family, counts in evaluated["families"].items()},
         "minutes": minutes({each: stages[each] for each in (experiment.training, experiment.target)}, root),
     } | {key: evaluated[key] for key in ("accuracy", "interval", "parameters", "bytes")}
+
+
+def _problems(stages: dict[str, Any], experiment: Experiment) -> str | None:
+    """The hash of the test problems, with their answers and tolerances; None if the stage has not run."""
+    deps = stages.get(experiment.target, {}).get("deps", [])
+    return next((dep["md5"] for dep in deps if dep["path"] == PROBLEMS), None)
+
+
+def _settings(stages: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """The parameters of all stages up to the experiment's target, as dvc.lock has them."""
+    entries = (stages[name].get("params", {}) for name in upstream(stages, experiment.target))
+    return {key: value for params in entries for key, value in params.get(PARAMS, {}).items()}
 
 
 def _correct(stages: dict[str, Any], model: str, root: Path) -> Correct:
@@ -196,7 +223,7 @@ def controls(root: Path = Path(".")) -> str:
     spread = _groups()["controls"]["spread"]
     lines = [_accuracies(rows)]
     found = [row for name, row in rows.items() if name.removesuffix(EARLIER) in spread]
-    beside_seed = [(row["started_from"], row["changes"] | {"distill.seed": None}) for row in found]
+    beside_seed = [_beside_seed(row) for row in found]
     if len(found) == len(spread) and all(each == beside_seed[0] for each in beside_seed):
         seeds = [row["accuracy"] for row in found]
         lines += [
@@ -205,6 +232,12 @@ def controls(root: Path = Path(".")) -> str:
             f"{percent(max(seeds))}, mean {percent(fmean(seeds))}.",
         ]
     return "\n".join(lines)
+
+
+def _beside_seed(row: dict[str, Any]) -> list[Any]:
+    """What a result hangs on, without the seed of the rows' order."""
+    settings = row["settings"]
+    return [row["started_from"], row["problems"], settings | {"distill": settings["distill"] | {"seed": None}}]
 
 
 def methods(root: Path = Path(".")) -> str:
@@ -250,13 +283,18 @@ def _groups() -> dict[str, Any]:
 
 def _results(group: str, root: Path) -> dict[str, Any]:
     """By name the results of those that were run, in the order of ablations.yaml."""
-    present = out_hashes(read_yaml((root / LOCK).read_text(encoding="utf-8"), LOCK)["stages"])
+    lock, params = (read_yaml((root / name).read_text(encoding="utf-8"), name) for name in (LOCK, PARAMS))
+    stages = lock["stages"]
     found = {}
     for each in experiments(group):
         path = root / RESULTS / f"{each.slug}.json"
         if path.is_file():
-            row = json.loads(path.read_text(encoding="utf-8"))
-            again = row["started_from"] == present.get(each.model) and row["changes"] == each.changes
+            row, now = json.loads(path.read_text(encoding="utf-8")), each.changed(params)
+            again = (
+                row["started_from"] == out_hashes(stages).get(each.model)
+                and row["problems"] == _problems(stages, each)
+                and all(lookup(now, key) == value for key, value in row["settings"].items())
+            )
             found[each.name + ("" if again else EARLIER)] = row
     return found
 

@@ -110,6 +110,22 @@ def out_hashes(stages: dict[str, Entry]) -> dict[str, str]:
     return {out["path"]: out["md5"] for entry in stages.values() for out in entry.get("outs", [])}
 
 
+def upstream(stages: dict[str, Entry], stage: str) -> list[str]:
+    """The stages that this one hangs on, itself first, by what they read and put out."""
+    found = [stage]
+    for each in found:  # which grows
+        read = [dep["path"] for dep in stages[each].get("deps", [])]
+        for name, entry in stages.items():
+            if name not in found and any(_overlap(out["path"], dep) for out in entry.get("outs", []) for dep in read):
+                found.append(name)
+    return found
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two paths are one, or one lies in the other."""
+    return f"{one}/".startswith(f"{other}/") or other.startswith(f"{one}/")
+
+
 def inputs_key(stage: str, entry: Entry) -> str:
     """SHA-256 of all that is known of a stage before its outs are."""
     deps = sorted((dep["path"], dep.get("md5")) for dep in entry.get("deps", []))
@@ -131,7 +147,7 @@ def _files(root: Path, params: Any, lock: dict[str, Entry], read: Reader) -> dic
     outs = out_hashes(lock)
     for stage, entry in lock.items():
         for key, value in entry.get("params", {}).get(PARAMS, {}).items():
-            if _lookup(params, key) != value:
+            if lookup(params, key) != value:
                 raise ValueError(f"{stage} ran with another {key} than {PARAMS} has: run `dvc repro` first")
         for dep in entry.get("deps", []):
             if _made(dep, outs) != dep.get("md5"):
@@ -180,7 +196,8 @@ def _reader(root: Path, commit: str | None) -> Reader:
     return read
 
 
-def _lookup(params: Any, dotted: str) -> Any:
+def lookup(params: Any, dotted: str) -> Any:
+    """The parameter of a dotted name; None where there is none."""
     for key in dotted.split("."):
         params = params.get(key) if isinstance(params, dict) else None
     return params

@@ -4,7 +4,9 @@ import hashlib
 import json
 import subprocess
 import sys
+from functools import reduce
 from itertools import cycle
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -13,24 +15,22 @@ from ruamel.yaml import YAML
 
 from q2t import ablation
 from q2t.config import Params
+from q2t.lockfile import lookup
 
 EACH = pytest.mark.parametrize("experiment", ablation.experiments(), ids=lambda each: each.name)
 
 
+PRESENT = YAML(typ="safe").load(Path("params.yaml"))
+
+
 @EACH
 def test_an_experiment_changes_valid_parameters(experiment):
-    params = YAML(typ="safe").load(Path("params.yaml"))
-    before = json.dumps(params)
+    changed = experiment.changed(PRESENT)
     for key, value in experiment.changes.items():
         *path, last = key.removeprefix("+").split(".")
-        section = params
-        for part in path:
-            section = section[part]
-        assert (last in section) != key.startswith("+"), key
-        section[last] = value
-    changed = Params.model_validate(params)
-    assert json.dumps(params) != before
-    assert experiment.target.removeprefix("evaluate@") in changed.evaluate.models
+        assert (last in reduce(getitem, path, PRESENT)) != key.startswith("+"), key
+        assert lookup(changed, key.removeprefix("+")) == value != lookup(PRESENT, key)
+    assert experiment.target.removeprefix("evaluate@") in Params.model_validate(changed).evaluate.models
 
 
 def test_controls_learn_from_equally_many_rows_and_sizes_from_all():
@@ -66,15 +66,19 @@ def test_an_unknown_name_is_refused_before_anything_runs():
 
 
 def write(root, group, **accuracies):
-    """Results from the present models, and the dvc.lock that names these."""
+    """Results from the present models, problems and settings, and the dvc.lock and params.yaml that name these."""
     outs = [{"path": path, "md5": path} for path in ("models/teacher", "models/student")]
-    YAML().dump({"stages": {"all": {"outs": outs}}}, root / "dvc.lock")
+    deps = [{"path": "data/prompts/test.jsonl", "md5": "asked"}, *outs]
+    stages = {f"evaluate@{model}": {"cmd": "python", "deps": deps} for model in ("student", "pruned")}
+    YAML().dump({"stages": {"all": {"outs": outs}, **stages}}, root / "dvc.lock")
+    YAML().dump(PRESENT, root / "params.yaml")
     for each in ablation.experiments(group):
         if each.slug.replace("-", "_") in accuracies:
             accuracy = accuracies[each.slug.replace("-", "_")]
             row = {"rows": 7, "accuracy": accuracy, "interval": [0.2, 0.6], "retention": accuracy}
             row |= {"parameters": 2_000_000, "bytes": 8_000_000, "started_from": each.model}
-            row |= {"changes": each.changes, "retention_interval": [0.3, 0.7], "minutes": 5.04}
+            row |= {"retention_interval": [0.3, 0.7], "minutes": 5.04, "problems": "asked"}
+            row |= {"settings": {key: each.changed(PRESENT)[key] for key in ("seed", "filter", "distill", "prune")}}
             path = root / "reports/ablations" / f"{each.slug}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(row))
@@ -106,12 +110,28 @@ def test_a_result_of_another_teacher_is_marked(tmp_path):
     ]
 
 
-def test_a_result_of_other_settings_is_marked(tmp_path):
-    write(tmp_path, "controls", default=0.5)
-    path = tmp_path / "reports/ablations/default.json"
+def change(path, key, value):
     row = json.loads(path.read_text())
-    path.write_text(json.dumps(row | {"changes": row["changes"] | {"filter.max_rows": 1}}))
+    path.write_text(json.dumps(row | {key: row[key] | value if isinstance(value, dict) else value}))
+
+
+@pytest.mark.parametrize(
+    "key, value", [("settings", {"filter": {"max_rows": 1}}), ("settings", {"seed": 8}), ("problems", "others")]
+)
+def test_a_result_of_other_settings_or_problems_is_marked(key, value, tmp_path):
+    write(tmp_path, "controls", default=0.5)
+    assert "| default |" in ablation.controls(tmp_path)
+    change(tmp_path / "reports/ablations/default.json", key, value)
     assert "| default † |" in ablation.controls(tmp_path)
+
+
+def test_a_result_is_marked_once_params_yaml_says_something_else(tmp_path):
+    write(tmp_path, "controls", default=0.5, seed_8=0.5)
+    params = PRESENT | {"distill": PRESENT["distill"] | {"temperature": 5.0}}
+    YAML().dump(params, tmp_path / "params.yaml")
+    assert ablation.controls(tmp_path).count(" † |") == 2
+    YAML().dump(PRESENT | {"tracking": None}, tmp_path / "params.yaml")
+    assert ablation.controls(tmp_path).count(" † |") == 0
 
 
 @pytest.mark.parametrize("teachers, told", [(("another",), True), (("another", "one more"), False)])
@@ -123,11 +143,13 @@ def test_seeds_of_one_earlier_teacher_show_their_spread(teachers, told, tmp_path
     assert said == told
 
 
-def test_seeds_of_other_settings_show_no_spread(tmp_path):
+@pytest.mark.parametrize(
+    "key, value", [("settings", {"filter": {"max_rows": 1}}), ("settings", {"distill": {}}), ("problems", "others")]
+)
+def test_seeds_of_other_settings_show_no_spread(key, value, tmp_path):
     write(tmp_path, "controls", default=0.5, seed_8=0.62, seed_9=0.44)
-    path = tmp_path / "reports/ablations/seed-9.json"
-    row = json.loads(path.read_text())
-    path.write_text(json.dumps(row | {"changes": row["changes"] | {"filter.max_rows": 1}}))
+    assert "moves accuracy" in ablation.controls(tmp_path)
+    change(tmp_path / "reports/ablations/seed-9.json", key, value)
     assert "moves accuracy" not in ablation.controls(tmp_path)
 
 
@@ -247,6 +269,7 @@ def test_one_that_fails_stops_no_other_and_nothing_stays_but_results(project):
     assert (project / ".q2t/ran").read_text() == "14 40 "  # the second time it came out of DVC's cache
     row = json.loads((project / "reports/ablations/a-40.json").read_text())
     assert (row["accuracy"], row["retention"], row["rows"], row["bytes"]) == (0.4, 0.5, 5, 40)
+    assert (row["settings"], row["problems"]) == ({"width": 40}, None)
     low, high = row["retention_interval"]
     assert low < 0.5 < high and row["minutes"] is None  # its stage shows itself nowhere
     assert [path.name for path in (project / "reports/ablations").iterdir()] == ["a-40.json"]
@@ -297,7 +320,8 @@ def test_a_teacher_that_was_not_evaluated_as_the_student_is_refused(evaluated, t
     experiment = ablation.Experiment("hot", "evaluate@student", "distill", "models/teacher", changes)
     if fits:
         row = ablation.result(experiment, tmp_path)
-        assert (row["retention"], row["started_from"]) == (pytest.approx(0.75), "one")
+        assert (row["retention"], row["started_from"], row["problems"]) == (pytest.approx(0.75), "one", "test")
+        assert row["settings"] == {"evaluate.max_new_tokens": 60, "teachers": {"lessons": "more"}}
     else:
         with pytest.raises(ValueError, match="evaluate@teacher was asked otherwise, or of another teacher: run `dvc"):
             ablation.result(experiment, tmp_path)

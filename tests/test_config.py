@@ -8,6 +8,7 @@ from q2t.config import Source, load
 PARAMS = Path("params.yaml")
 
 OWN = {"teacher": "models/teacher", "max_new_tokens": 9, "batch_size": 2, "top_k": 4}
+BESIDE = {"teacher": "models/teacher", "logits": True}
 
 
 def changed(tmp_path, change):
@@ -106,6 +107,14 @@ def changed(tmp_path, change):
             lambda p: p["distill"].update(on_policy=OWN, phases=[{"alpha": 0.5}]),
             "phase 1 has alpha, which has no effect on_policy",
         ),
+        (
+            lambda p: (p["teachers"]["expert"].update(system="Be brief."), p["distill"].update(online=BESIDE)),
+            r"distill: the teacher of online reads .* lack the `system` prompt that expert answers behind",
+        ),
+        (
+            lambda p: (p["filter"].update(teachers=["expert"]), p["label"].update(beside={"models/teacher": 0.2})),
+            "label: beside names models/teacher alone, which wrote all rows: leave it out",
+        ),
         (lambda p: p["distill"].update(adapter={"kind": "ia3", "rank": 4, "modules": ["q_proj"]}), "ia3 has no rank"),
     ],
 )  # fmt: skip
@@ -119,6 +128,15 @@ def test_a_phase_leaves_out_what_the_section_has(tmp_path):
     path = changed(tmp_path, lambda p: p["distill"].update(on_policy=OWN, phases=phases))
     first, second = load(path).distill.in_phases()
     assert first.on_policy is None and second.on_policy and second.on_policy.model_dump() == OWN | {"temperature": 1.0}
+
+
+def test_a_system_prompt_is_no_matter_online_where_its_rows_are_not_learnt_or_read_anew(tmp_path):
+    def change(p):
+        p["teachers"]["expert"].update(system="Be brief.")
+        p["distill"].update(online=BESIDE, domains=["general"])
+        p["prune"].update(online={"teacher": "models/teacher", "spans": "uld"})
+
+    assert load(changed(tmp_path, change)).systems == {"expert": "Be brief."}
 
 
 def test_a_folder_is_known_however_it_is_written(tmp_path):
