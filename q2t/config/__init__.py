@@ -148,9 +148,9 @@ class Params(Section):
                 raise ValueError(
                     f"label: beside has weights of {together:g} together for what {name} wrote: leave it some of 1"
                 )
-        writers = {self.teachers[name].model for name in self.filter.teachers}
+        writers = [self.teachers[name].model for name in self.filter.teachers]
         if self.label.beside and not any(map(self.label.beside_writer, writers)):
-            raise ValueError(f"label: beside names {', '.join(writers)} alone, which wrote all rows: leave it out")
+            raise ValueError(f"label: beside names {writers[0]} alone, which wrote all rows: leave it out")
         return self
 
     @model_validator(mode="after")
