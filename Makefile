@@ -52,5 +52,6 @@ readme: $(INSTALLED) ## Put the committed results into the README's tables
 	$(BIN)/python -m q2t.readme
 
 mlflow: $(INSTALLED) ## Open the MLflow UI on 127.0.0.1:5000
-	@store=$$($(BIN)/python -c 'from q2t.tracking import init_store; print(init_store().client.tracking_uri)') && \
+	@store=$$($(BIN)/python -c 'from q2t.store import init_store; print(init_store().client.tracking_uri)') && \
+	case "$$store" in http*) echo "tracking.uri in params.yaml is a server: open it in a browser"; exit;; esac && \
 	$(BIN)/mlflow ui --host 127.0.0.1 --backend-store-uri "$$store"

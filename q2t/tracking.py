@@ -13,84 +13,23 @@ A stage that two pipelines share is one run, the child of the first, and both na
 """
 
 import json
-import logging
-import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from q2t.evaluation.cost import peak_memory_mb
 from q2t.figures import curve_points, figures_of, flatten, leaves, mlflow_name
-from q2t.lockfile import PARAMS, SUMMARY, Entry, digest, entry_before, inputs_key, read_result, read_yaml
+from q2t.lockfile import PARAMS, SUMMARY, Entry, Result, digest, entry_before, inputs_key, read_result
 from q2t.stage import is_main
-
-logger = logging.getLogger(__name__)
+from q2t.store import Store, init_store, spared, without_secret
 
 COMMIT = "mlflow.source.git.commit"
 HEADLINE = ("accuracy", "retention", "parameters", "bytes")
 """A model's figures that a pipeline run shows, as MODEL.FIGURE. The others are in the runs of `evaluate`: all of
 them together are 200 columns, among which nobody finds these."""
-
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # a server that is away must not hold a stage up
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
-
-
-@dataclass(frozen=True)
-class Store:
-    """An open tracking store and the id of the experiment in it."""
-
-    client: Any
-    experiment: str
-
-    def create(self, name: str, tags: dict[str, str]) -> str:
-        """The id of a new run."""
-        return str(self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id)
-
-
-def init_store(root: Path = Path(".")) -> Store:
-    """Open the store that `tracking` in params.yaml names; a SQLite database is created if there is none.
-
-    A relative `sqlite:///` URI lies under DVC_ROOT where DVC sets it: queued experiments run in a folder that
-    is deleted afterwards, and have to write into the same database.
-
-    Raises:
-        ValueError: the store that `tracking.uri` names can't be used.
-    """
-    os.environ.update(ENVIRONMENT | os.environ)  # read when mlflow is imported
-    import mlflow
-
-    for noisy, level in {"alembic": logging.WARNING, "mlflow": logging.WARNING, "urllib3": logging.ERROR}.items():
-        logging.getLogger(noisy).setLevel(level)  # urllib3 warns of every retry
-    settings = read_yaml((root / PARAMS).read_text(encoding="utf-8"), PARAMS).get("tracking")
-    if not settings:
-        raise ValueError(f"{PARAMS} has no section tracking, which names the store")
-    uri, name, artifacts = settings["uri"], settings["experiment"], None
-    lock: AbstractContextManager[Any] = nullcontext()
-    if uri.startswith("sqlite:///"):
-        database = Path(os.environ.get("DVC_ROOT", root)).resolve() / uri.removeprefix("sqlite:///")
-        database.parent.mkdir(parents=True, exist_ok=True)
-        uri, artifacts = f"sqlite:///{database}", (database.parent / "artifacts").as_uri()
-        lock = FileLock(database.with_suffix(".lock"))  # two that migrate a fresh database crash each other
-    try:
-        with lock:
-            client = mlflow.MlflowClient(tracking_uri=uri)
-            found = client.get_experiment_by_name(name)
-            return Store(client, found.experiment_id if found else client.create_experiment(name, artifacts))
-    except mlflow.MlflowException as error:
-        away = isinstance(error.__context__, OSError)  # as all errors of requests are
-        reason = f"no server answers: start it, or correct {PARAMS}" if away else str(error).splitlines()[0]
-        without_secret = re.sub(r"//[^/@]*@", "//***@", settings["uri"])
-        raise ValueError(f"tracking.uri {without_secret}: {reason.replace(settings['uri'], without_secret)}") from error
 
 
 class StageRun:
@@ -104,18 +43,18 @@ class StageRun:
     def metrics(self, values: dict[str, Any], step: int = 0) -> None:
         """Log every number in the (nested) values."""
         if self._store:
-            with _spared("metrics"):
+            with spared("metrics"):
                 _log_metrics(self._store, self._id, flatten(values), step)
 
     def curve(self, path: Path) -> None:
         """Log a training curve: a CSV file with a column `step` and one column for each figure."""
         if self._store:
-            with _spared(f"the curve {path}"):
+            with spared(f"the curve {path}"):
                 _log_curve(self._store, self._id, path.read_text(encoding="utf-8"))
 
     def _start(self, stage: str, root: Path) -> None:
         entry: Entry = {}
-        with _spared(f"the inputs of {stage}"):
+        with spared(f"the inputs of {stage}"):
             entry = entry_before(stage, root)
         store, known = init_store(root), {"q2t.inputs": inputs_key(stage, entry)} if entry else {}
         self._id = store.create(stage, {"q2t.kind": "stage", "q2t.stage": stage} | known)
@@ -125,7 +64,7 @@ class StageRun:
 
     def _end(self, status: str) -> None:
         if self._store:
-            with _spared("the end of the run"):
+            with spared("the end of the run"):
                 cost = {"seconds": round(time.monotonic() - self._began, 1), "peak_memory_mb": peak_memory_mb()}
                 _log_metrics(self._store, self._id, cost)
                 self._store.client.set_terminated(self._id, status)
@@ -143,7 +82,7 @@ def stage_run(stage: str, root: Path = Path(".")) -> Iterator[StageRun]:
     if not is_main():
         yield run
         return
-    with _spared(f"the start of {stage}"):
+    with spared(f"the start of {stage}"):
         run._start(stage, root)
     try:
         yield run
@@ -160,9 +99,18 @@ def track(root: Path = Path("."), rev: str | None = None) -> str:
         rev: a commit, tag, branch or DVC experiment to read the result from; the workspace if None.
 
     Raises:
-        ValueError: the revision is unknown, a file is missing, or the files belong to different results.
+        ValueError: the revision is unknown, a file is missing, the files belong to different results, or MLflow fails.
     """
     result, store = read_result(root, rev), init_store(root)
+    from mlflow import MlflowException
+
+    try:
+        return _tracked(result, store)
+    except MlflowException as error:
+        raise ValueError(without_secret(f"MLflow: {error}").splitlines()[0]) from None
+
+
+def _tracked(result: Result, store: Store) -> str:
     run_id = _find(store, "q2t.lock", result.key)
     if run_id is None:
         summary = json.loads(result.files[SUMMARY])
@@ -187,7 +135,7 @@ def log_timings(models: list[dict[str, Any]], root: Path = Path(".")) -> list[di
         that DVC restored and that never ran here has none.
     """
     stages: list[dict[str, Any]] = []
-    with _spared("timings"):
+    with spared("timings"):
         store, run_id = init_store(root), track(root)
         _log_metrics(store, run_id, flatten({"measured": {row["model"]: row for row in models}}))
         entries = read_result(root).stages.items()
@@ -203,7 +151,7 @@ def log_timings(models: list[dict[str, Any]], root: Path = Path(".")) -> list[di
 def minutes(stages: dict[str, Entry], root: Path = Path(".")) -> float | None:
     """What these stages took when they last ran, together, an interrupted one since it went on; None where MLflow does
     not have all of them."""
-    with _spared("what stages took"):
+    with spared("what stages took"):
         store = init_store(root)
         runs = [_live_runs(store, inputs_key(stage, entry)) for stage, entry in stages.items()]
         if all(runs):
@@ -219,6 +167,7 @@ def _child(store: Store, parent: str, stage: str, entry: Entry, files: dict[str,
             store.client.set_tag(found, "mlflow.parentRunId", parent)
         return found
     run_id = _live(store, inputs_key(stage, entry), figures_of(entry, files))
+    made = run_id is None
     if run_id is None:
         run_id = store.create(stage, {"q2t.kind": "stage", "q2t.stage": stage, "q2t.entry": key})
         _log_entry(store, run_id, entry)
@@ -234,7 +183,8 @@ def _child(store: Store, parent: str, stage: str, entry: Entry, files: dict[str,
             _log_metrics(store, run_id, new)
     store.client.set_tag(run_id, "mlflow.parentRunId", parent)
     store.client.set_tag(run_id, "q2t.entry", key)
-    store.client.set_terminated(run_id)
+    if made:  # a live run ended when its stage did
+        store.client.set_terminated(run_id)
     return run_id
 
 
@@ -335,11 +285,3 @@ def _log_points(store: Store, run_id: str, points: list[tuple[str, float, int]])
     metrics = [Metric(name, value, now, step) for name, value, step in points]
     for start in range(0, len(metrics), 1000):
         store.client.log_batch(run_id, metrics=metrics[start : start + 1000])
-
-
-@contextmanager
-def _spared(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        logger.warning("MLflow does not show %s: %s: %s", what, type(error).__name__, error)

@@ -10,12 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowException
 from ruamel.yaml import YAML
 
 from q2t import cli, tracking
 from q2t.evaluation.cost import peak_memory_mb
-from q2t.figures import figures_of
+from q2t.figures import figures_of, flatten
 from q2t.lockfile import read_result
+from q2t.store import init_store, spared
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,7 +111,7 @@ def project(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def runs(project):
     """Pipeline runs by revision, each tracked twice, and the number of runs after either time."""
-    store = tracking.init_store(project)
+    store = init_store(project)
 
     def count() -> int:
         return len(store.client.search_runs([store.experiment]))
@@ -168,6 +170,8 @@ def test_a_live_run_is_adopted_with_its_curve_and_inputs(runs, project):
     curve = client.get_metric_history(stage.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in curve] == [(0, 1.0), (10, 0.2)]
     assert len(client.get_metric_history(stage.info.run_id, "loss")) == 1
+    took = (stage.info.end_time - stage.info.start_time) / 1000  # what MLflow shows as its duration
+    assert took == pytest.approx(stage.data.metrics["seconds"], abs=1)
     lock = YAML(typ="safe").load(
         subprocess.run(["git", "show", "HEAD:dvc.lock"], cwd=project, capture_output=True).stdout
     )
@@ -222,7 +226,7 @@ def test_a_pipeline_run_that_is_gone_for_good_is_made_again(runs, project):
 @pytest.mark.parametrize(("loss", "adopted"), [(0.25, False), (0.4, True)])
 def test_a_live_run_of_equal_inputs_that_came_to_something_else_is_not_adopted(loss, adopted, project, tmp_path):
     """As another processor's may, where several people share a server."""
-    store = tracking.init_store(project)
+    store = init_store(project)
     inputs = {"q2t.inputs": "key", "q2t.kind": "stage", "q2t.stage": "distill"}
     run_id = store.create("distill", inputs)
     store.client.log_metric(run_id, "train/loss", loss, step=10)
@@ -359,13 +363,14 @@ def test_a_stage_logs_its_time_and_peak_memory(project, fails):
         del ballast
         if fails:
             raise KeyError("body")
-    cost = tracking.init_store(project).client.get_run(run._id).data.metrics
+    cost = init_store(project).client.get_run(run._id).data.metrics
     assert 0.3 <= cost["seconds"] < 60 and 300 < cost["peak_memory_mb"] <= peak_memory_mb()
 
 
 @pytest.fixture
-def unreachable(project, free_port):
+def unreachable(project, free_port, monkeypatch):
     """The project while its params.yaml names a tracking server that is down, and the server's address."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     text, uri = (project / "params.yaml").read_text(), f"http://ada:s3cret@127.0.0.1:{free_port}"
     (project / "params.yaml").write_text(text.replace("sqlite:///.q2t/mlflow.db", uri))
     yield uri.replace("ada:s3cret", "***")
@@ -402,9 +407,31 @@ def test_measure_without_its_server_warns_and_prints_still(project, unreachable,
 def test_queued_experiments_write_into_the_repository_they_came_from(project, tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text(PARAMS)
     monkeypatch.setenv("DVC_ROOT", str(project))
-    store = tracking.init_store(tmp_path)
-    assert store.experiment == tracking.init_store(project).experiment
+    store = init_store(tmp_path)
+    assert store.experiment == init_store(project).experiment
     assert not (tmp_path / ".q2t").exists()
+
+
+def test_a_deleted_experiment_is_one_line(project, tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text(PARAMS.replace("experiment: q2t", "experiment: gone"))
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    store = init_store(tmp_path)
+    store.client.delete_experiment(store.experiment)
+    with pytest.raises(ValueError, match=f"'gone' was deleted in MLflow: .*restore -x {store.experiment}`, or name"):
+        init_store(tmp_path)
+
+
+def test_what_mlflow_says_hides_the_password(runs, project, monkeypatch, caplog):
+    def fails(*_):
+        raise MlflowException("API request to http://ada:s3cret@host:5000/api failed\nand more")
+
+    with spared("metrics"):
+        fails()
+    assert "MLflow does not show metrics" in caplog.text and "http://***@host:5000/api" in caplog.text
+    assert "s3cret" not in caplog.text
+    monkeypatch.setattr(tracking, "_find", fails)
+    with pytest.raises(ValueError, match=r"^MLflow: API request to http://\*\*\*@host:5000/api failed$"):
+        tracking.track(project)
 
 
 def test_a_store_that_is_broken_warns_and_costs_nothing(tmp_path, caplog):
@@ -421,11 +448,11 @@ def test_the_exception_of_the_body_passes_through_and_fails_the_run(project):
     with pytest.raises(KeyError, match="body"), tracking.stage_run("distill", project) as run:
         run.curve(project / "missing.csv")  # only a warning
         raise KeyError("body")
-    store = tracking.init_store(project)
+    store = init_store(project)
     failed = store.client.search_runs([store.experiment], "attributes.status = 'FAILED'")
     assert "distill" in {r.info.run_name for r in failed}
 
 
 def test_flatten_keeps_finite_numbers_only():
-    values = {"a": {"b": 1, "c": float("nan")}, "d": True, "e": [1], "f@g": 2.5, "h": None}
-    assert tracking.flatten(json.loads(json.dumps(values))) == {"a.b": 1.0, "f:g": 2.5}
+    values = {"a": {"b": 1, "c": float("nan")}, "d": True, "e": [1], "f@g": 2.5, "h": None, "models/i/": 3}
+    assert flatten(json.loads(json.dumps(values))) == {"a.b": 1.0, "f:g": 2.5, "models:i:": 3.0}
