@@ -166,7 +166,7 @@ def result(experiment: Experiment, root: Path) -> dict[str, Any]:
         "changes": experiment.changes,
         "started_from": out_hashes(stages)[experiment.model],
         "problems": _problems(stages, experiment),
-        "settings": _settings(stages, experiment),
+        "settings": _settings(stages, experiment, params),
         "rows": json.loads(texts["filter"])["kept"],
         "retention": kept,
         "retention_interval": retention_interval(correct, known, **drawn),
@@ -181,10 +181,14 @@ def _problems(stages: dict[str, Any], experiment: Experiment) -> str | None:
     return next((dep["md5"] for dep in deps if dep["path"] == PROBLEMS), None)
 
 
-def _settings(stages: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
-    """The parameters of all stages up to the experiment's target, as dvc.lock has them."""
+def _settings(stages: dict[str, Any], experiment: Experiment, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of all stages up to the experiment's target, as dvc.lock has them.
+
+    Which keeps stages of earlier graphs: what `params` no longer has is of one of these.
+    """
     entries = (stages[name].get("params", {}) for name in upstream(stages, experiment.target))
-    return {key: value for params in entries for key, value in params.get(PARAMS, {}).items()}
+    settings = {key: value for entry in entries for key, value in entry.get(PARAMS, {}).items()}
+    return {key: value for key, value in settings.items() if lookup(params, key) is not None}
 
 
 def _correct(stages: dict[str, Any], model: str, root: Path) -> Correct:

@@ -10,6 +10,7 @@ from operator import getitem
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 from filelock import FileLock
 from ruamel.yaml import YAML
 
@@ -251,10 +252,10 @@ def project(tmp_path, monkeypatch):
         ["git", "init", "-q"],
         ["git", "config", "user.name", "q2t"],
         ["git", "config", "user.email", "q2t@example.org"],
-        [sys.executable, "-m", "dvc", "init", "-q"],
-        ["git", "add", "-A"],
-        ["git", "commit", "-qm", "list"],
     ):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    Repo.init(str(tmp_path)).close()
+    for command in (["git", "add", "-A"], ["git", "commit", "-qm", "list"]):
         subprocess.run(command, cwd=tmp_path, check=True)
     listed.write_text(LISTED)
     monkeypatch.setattr(ablation, "LIST", listed)
@@ -296,8 +297,8 @@ def test_a_teacher_that_was_not_evaluated_as_the_student_is_refused(evaluated, t
         "evaluate@student": entry("models/student", "any", 60),
     }
     stages["evaluate@student"]["params"]["params.yaml"]["teachers"] = {"lessons": "more"}  # what it changes itself
-    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-        subprocess.run(command, cwd=tmp_path, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    Repo.init(str(tmp_path)).close()
     for model, right in {"student": 6, "teacher": 8}.items():
         rows = [{"domain": "target", "family": "led", "problem_id": str(n), "correct": n < right} for n in range(10)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -307,12 +308,18 @@ def test_a_teacher_that_was_not_evaluated_as_the_student_is_refused(evaluated, t
         path.parent.mkdir(parents=True)
         path.write_text(text)
     stages["distill"] = {"cmd": "python", "deps": []}
+    # Of an earlier graph: dvc.lock keeps it.
+    stages["distill@gone"] = {
+        "outs": [{"path": "models/student/old", "md5": "gone"}],
+        "params": {"params.yaml": {"teachers.gone": 1}},
+    }
     known = {"accuracy": 0.6, "interval": [0, 1], "parameters": 1, "bytes": 4, "families": {}}
     (tmp_path / "reports/metrics").mkdir(parents=True)
     for name, row in {"evaluate_student": known, "filter": {"kept": 5}}.items():
         (tmp_path / f"reports/metrics/{name}.json").write_text(json.dumps(row))
     YAML().dump({"stages": stages}, tmp_path / "dvc.lock")
-    (tmp_path / "params.yaml").write_text(PARAMS)
+    asked = PARAMS.replace("{resamples", "{max_new_tokens: 60, resamples")
+    (tmp_path / "params.yaml").write_text(asked + "teachers: {lessons: more}\n")
     commit = ["git", "-c", "user.name=q2t", "-c", "user.email=q2t@example.org", "commit", "-qm", "ran"]
     for command in (["git", "add", "-A"], commit, ["git", "branch", "ablation-hot"]):
         subprocess.run(command, cwd=tmp_path, check=True)
@@ -327,12 +334,14 @@ def test_a_teacher_that_was_not_evaluated_as_the_student_is_refused(evaluated, t
             ablation.result(experiment, tmp_path)
 
 
-def test_a_name_as_its_file_has_it(project):
-    ablation.run(["a-40"], root=project)
-    assert (project / "reports/ablations/a-40.json").is_file()
+def test_a_name_as_its_file_has_it(tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(ablation, "_succeeds", lambda each, root: not chosen.append(each.name))
+    ablation.run(["pruned-to-384"], root=tmp_path)
+    assert chosen == ["pruned to 384"]
 
 
-def test_two_at_a_time_are_refused(project):
-    (project / ".q2t").mkdir()
-    with FileLock(project / ".q2t/ablate.lock"), pytest.raises(ValueError, match="another `q2t ablate` is running"):
-        ablation.run(root=project)
+def test_two_at_a_time_are_refused(tmp_path):
+    (tmp_path / ".q2t").mkdir()
+    with FileLock(tmp_path / ".q2t/ablate.lock"), pytest.raises(ValueError, match="another `q2t ablate` is running"):
+        ablation.run(root=tmp_path)
