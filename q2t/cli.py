@@ -25,7 +25,7 @@ def profile(arguments: argparse.Namespace) -> None:
     from q2t.config import PARAMS
     from q2t.profile import apply
 
-    edited = subprocess.run(["git", "diff-index", "--quiet", "HEAD", "--", PARAMS], capture_output=True).returncode == 1
+    edited = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", PARAMS], capture_output=True).returncode == 1
     changed = apply(arguments.name)
     if edited:
         print(

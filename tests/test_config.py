@@ -116,6 +116,34 @@ def changed(tmp_path, change):
             "label: beside names models/teacher alone, which wrote all rows: leave it out",
         ),
         (lambda p: p["distill"].update(adapter={"kind": "ia3", "rank": 4, "modules": ["q_proj"]}), "ia3 has no rank"),
+        (
+            lambda p: p["distill"].update(on_policy=OWN, phases=[{"on_policy": False}]),
+            "on_policy has no effect: all phases leave it out",
+        ),
+        (lambda p: p["distill"].update(online=BESIDE, alpha=0.0), "phase 1 has alpha 0, where online.logits has no"),
+        (
+            lambda p: p["sources"].update(tiny={"scratch": {"layer": 2}}),
+            "unknown key 'layer' in sources.tiny.scratch: did you mean 'layers'",
+        ),
+        (
+            lambda p: p["sources"].update(mine={"path": "../mine", "sha256": "0"}),
+            "file and sha256 are a registry source's",
+        ),
+        (lambda p: p.update(launch="accelerate launch"), "launch: 'accelerate launch' would start no module"),
+        (lambda p: p.update(launch=""), "launch: '' would start no module"),
+        (
+            lambda p: p["filter"].update(teachers=["expert", "reference"]),
+            r"filter: teachers names \['reference'\], whose prompts forgetting is measured on",
+        ),
+        (
+            lambda p: p["filter"].update(teachers=["expert"]),
+            r"filter: target_share is 0.8, and no answer of teachers \['expert'\] is general: name one",
+        ),
+        (lambda p: p["filter"].update(teachers=["base"]), r"no answer of teachers \['base'\] is target: name one"),
+        (
+            lambda p: (p["filter"].update(target_share=1.0), p["prune"].update(domains=["general"])),
+            "prune: domains has general rows alone, and filter.target_share 1.0 leaves none",
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_key_is_explained(tmp_path, change, message):

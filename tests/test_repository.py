@@ -14,8 +14,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
-from q2t.config import load
-
 ROOT = Path(__file__).resolve().parents[1]
 # Their effect is in the tracked parameters, or in nothing that a stage writes for another one.
 EXEMPT = {"q2t/config/__init__.py", "q2t/config/training.py", "q2t/tracking.py", "q2t/stage.py"}
@@ -164,16 +162,6 @@ def test_no_file_names_a_registry_host_or_a_place_on_this_machine():
         if private.search(line)
     ]
     assert not found, "\n".join(found)
-
-
-def test_params_are_valid_and_a_misspelt_key_is_explained(tmp_path):
-    load(ROOT / "params.yaml")
-    yaml = YAML()
-    params = yaml.load(ROOT / "params.yaml")
-    params["distill"]["temprature"] = params["distill"].pop("temperature")
-    yaml.dump(params, tmp_path / "params.yaml")
-    with pytest.raises(ValueError, match="unknown key 'temprature' in distill: did you mean 'temperature'"):
-        load(tmp_path / "params.yaml")
 
 
 def test_lock_is_exact_and_satisfies_pyproject():

@@ -79,7 +79,7 @@ class Params(Section):
     seed: Seed
     compute: Compute
     launch: str
-    """The command that runs the module of a stage which can have several processes."""
+    """The command that runs the module of a stage which can have several processes; it ends with -m."""
     sources: dict[str, Source]
     capability: Capability
     specialize: Specialize
@@ -102,6 +102,12 @@ class Params(Section):
     def told(self) -> dict[str, str]:
         """What each model folder is told where it answers the questions, of those that are told anything."""
         return {t.model: t.system for t in self.teachers.values() if t.system and t.prompts == "questions"}
+
+    @model_validator(mode="after")
+    def _launch_starts_a_module(self) -> "Params":
+        if self.launch.split()[-1:] != ["-m"]:
+            raise ValueError(f"launch: {self.launch!r} would start no module: end it with -m")
+        return self
 
     @model_validator(mode="after")
     def _names_are_known(self) -> "Params":
@@ -151,6 +157,24 @@ class Params(Section):
         writers = [self.teachers[name].model for name in self.filter.teachers]
         if self.label.beside and not any(map(self.label.beside_writer, writers)):
             raise ValueError(f"label: beside names {writers[0]} alone, which wrote all rows: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_can_be_mixed(self) -> "Params":
+        share, read = self.filter.target_share, {name: self.teachers[name] for name in self.filter.teachers}
+        if held_out := [name for name, teacher in read.items() if teacher.prompts == "general_test"]:
+            raise ValueError(
+                f"filter: teachers names {held_out}, whose prompts forgetting is measured on: leave them out"
+            )
+        wanted = ["target", "general"] if share < 1 else ["target"]
+        if lacking := [domain for domain in wanted if domain not in {teacher.domain for teacher in read.values()}]:
+            raise ValueError(
+                f"filter: target_share is {share}, and no answer of teachers {list(read)} is {' or '.join(lacking)}: "
+                "name one who gives such, or change target_share"
+            )
+        for name, section in (("distill", self.distill), ("prune", self.prune)):
+            if any(not set(wanted) & set(phase.domains) for phase in section.in_phases()):
+                raise ValueError(f"{name}: domains has general rows alone, and filter.target_share {share} leaves none")
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,17 @@ from pydantic import Field, model_validator
 from q2t.config.training import Domain, Folder, Optimizer, Section
 
 
+class Scratch(Section):
+    """Shape of a random Llama with its own byte-level BPE tokenizer."""
+
+    vocabulary: int = Field(ge=300)
+    hidden: int = Field(gt=0)
+    intermediate: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+
+
 class Source(Section):
     """Where a model comes from: exactly one of `registry`, `hub`, `path` and `scratch`."""
 
@@ -20,7 +31,7 @@ class Source(Section):
     """A Hugging Face model at a full commit hash, "OWNER/NAME@REVISION"."""
     path: str | None = None
     """A model folder on this machine, relative to the repository or absolute."""
-    scratch: "Scratch | None" = None
+    scratch: Scratch | None = None
     """A random model of this shape: for tests."""
     license: str = "unknown"
     """SPDX identifier, for the model card."""
@@ -34,20 +45,11 @@ class Source(Section):
             raise ValueError(f"a source needs exactly one of registry, hub, path, scratch; got {given or 'none'}")
         if self.registry is not None and not (self.file and self.sha256):
             raise ValueError("a registry source needs file and sha256, so that it is pinned")
+        if self.registry is None and (self.file or self.sha256):
+            raise ValueError("file and sha256 are a registry source's, and nothing would check them: leave them out")
         if self.hub is not None and "@" not in self.hub:
             raise ValueError(f"hub {self.hub!r} is not pinned: write OWNER/NAME@REVISION")
         return self
-
-
-class Scratch(Section):
-    """Shape of a random Llama with its own byte-level BPE tokenizer."""
-
-    vocabulary: int = Field(ge=300)
-    hidden: int = Field(gt=0)
-    intermediate: int = Field(gt=0)
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
 
 
 class Compute(Section):

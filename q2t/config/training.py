@@ -177,6 +177,8 @@ class Distill(Optimizer):
         in_phases = self.in_phases()
         if self.online and not any(phase.online for phase in in_phases):
             raise ValueError("online has no effect: all phases leave it out")
+        if self.on_policy and not any(phase.on_policy for phase in in_phases):
+            raise ValueError("on_policy has no effect: all phases leave it out")
         if self.adapter and any(phase.sparsity for phase in in_phases):
             raise ValueError("sparsity shrinks the weights that an adapter leaves as they are: leave one of them out")
         learnt = {domain for phase in in_phases for domain in phase.domains}
@@ -196,6 +198,10 @@ class Distill(Optimizer):
                 raise ValueError(
                     f"phase {number} is on_policy and has an online teacher, which knows the rows' own answers only: "
                     "give it online: false"
+                )
+            if phase.online and phase.online.logits and not phase.alpha and not phase.teacher_only:
+                raise ValueError(
+                    f"phase {number} has alpha 0, where online.logits has no effect: leave it out, or raise alpha"
                 )
             beside = phase.online and (phase.online.hidden or phase.online.attention or phase.online.spans)
             if beside and (phase.reasoning != 1 or phase.curriculum):
