@@ -15,9 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mlflow import MlflowClient
 
 from q2t.distillation import labels
 from q2t.evaluation.cost import machine
@@ -70,8 +73,18 @@ def start(temperature: float) -> float:
             subprocess.run([*dvc, "remove", NAME], cwd=ROOT, capture_output=True)
             for left in set((ROOT / ".q2t/distill").glob("*")) - before:
                 shutil.rmtree(left)
-            for left in (ROOT / TRACKING).parent.glob(f"{Path(TRACKING).stem}*"):
-                left.unlink()
+
+
+@contextmanager
+def database() -> Iterator[None]:
+    """MLflow's, apart from the user's runs. Who has run the pipeline has one: making it, seconds of its own, isn't part
+    of a start."""
+    MlflowClient(tracking_uri=f"sqlite:///{ROOT / TRACKING}").search_experiments()
+    try:
+        yield
+    finally:
+        for left in (ROOT / TRACKING).parent.glob(f"{Path(TRACKING).stem}*"):
+            left.unlink()
 
 
 def main() -> None:
@@ -86,6 +99,8 @@ def main() -> None:
             "read": seconds(lambda: labels.read(path)),
             "read_plain": seconds(path.read_bytes),
         }
+    with database():
+        starts = [round(start(1.0 + place / 64), 1) for place in (1, 3, 5)]
     found = {
         "machine": machine(),
         "rows": len(rows),
@@ -94,7 +109,7 @@ def main() -> None:
         "bytes": len(content),
         "bytes_per_token": len(content) / tokens,
         "milliseconds": {name: round(1000 * value, 1) for name, value in took.items()},
-        "start_seconds": [round(start(1.0 + place / 64), 1) for place in (1, 3, 5)],
+        "start_seconds": starts,
     }
     write_json(RESULTS, found)
     fill(ROOT / "docs/distillation.md", "labels", table(found))
