@@ -2,7 +2,15 @@
 
 import pytest
 
-SLOWEST = ("test_pipeline.py", "test_nothing_lost.py")
+SLOWEST = (
+    "test_pipeline.py",
+    "test_nothing_lost.py",
+    "test_processes.py",
+    "test_sharing.py",
+    "test_tracking.py",
+    "test_ablation.py",
+    "test_loop.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

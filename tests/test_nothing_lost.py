@@ -72,14 +72,12 @@ def test_killed_at_random_moments_a_stage_ends_with_the_same_bytes(pipeline, sta
     kills = resumed = 0
     for _ in range(5 * KILLS[stage]):
         process = pipeline.start(stage)
-        start = time.monotonic()
-        process.join(moments.uniform(0.1, 1) * pipeline.seconds[stage])
+        process.join(moments.uniform(0.2, 1) * pipeline.seconds[stage])  # before that it imports
         process.kill()  # SIGKILL
         process.join()
         if process.exitcode == 0:  # what was kept made it faster than the uninterrupted run
             pipeline.assert_as_if_uninterrupted(stage)
             pipeline.forget(stage)
-            pipeline.seconds[stage] = min(pipeline.seconds[stage], time.monotonic() - start)
             continue
         assert process.exitcode == -9, pipeline.log.read_text()
         kills += 1
