@@ -99,7 +99,7 @@ def measure(
 
 def table(results: dict[str, dict[str, float]]) -> str:
     lines = ["| Method | Its own loss | KL to the teacher |", "|:--|--:|--:|"]
-    for name, row in results.items():
+    for name, row in ((name, results[name]) for name in METHODS if name in results):
         own = f"{row['loss_first']:.3g} → {row['loss_last']:.3g}"
         lines.append(f"| {name} | {own} | {row['kl_before']:.3g} → {row['kl_after']:.3g} |")
     return "\n".join(lines)

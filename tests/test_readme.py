@@ -1,5 +1,7 @@
 """The README's tables: replaced between their markers, and in the repository up to date."""
 
+import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,20 @@ def test_the_readme_shows_the_committed_results():
         assert table.strip() in readme, "run `make readme`"
     methods = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
     assert ablation.methods(ROOT).strip() in methods, "run `make readme`"
+
+
+@pytest.mark.parametrize(
+    "benchmark, render, results, document",
+    [
+        ("decoding", "table", "decoding", "README.md"),
+        ("labels", "table", "labels", "docs/distillation.md"),
+        ("methods", "table", "methods", "docs/distillation.md"),
+        ("cross_tokenizer", "section", "cross_tokenizer", "docs/distillation.md"),
+        ("training", "section", "training", "docs/distillation.md"),
+        ("gpu", "section", "gpu", "docs/distillation.md"),
+    ],
+)
+def test_documents_show_the_committed_benchmarks(benchmark, render, results, document, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    found = json.loads((ROOT / f"benchmarks/results/{results}.json").read_text())
+    assert getattr(import_module(benchmark), render)(found).strip() in (ROOT / document).read_text()
