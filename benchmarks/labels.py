@@ -20,12 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
-
 from q2t.distillation import labels
 from q2t.evaluation.cost import machine
 from q2t.readme import fill
 from q2t.records import write_json
+from q2t.store import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ROOT / "data/soft_labels/labels.parquet"
@@ -79,6 +78,9 @@ def start(temperature: float) -> float:
 def database() -> Iterator[None]:
     """MLflow's, apart from the user's runs. Who has run the pipeline has one: making it, seconds of its own, isn't part
     of a start."""
+    os.environ.update(ENVIRONMENT | os.environ)  # read when mlflow is imported
+    from mlflow import MlflowClient
+
     MlflowClient(tracking_uri=f"sqlite:///{ROOT / TRACKING}").search_experiments()
     try:
         yield

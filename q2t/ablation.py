@@ -184,11 +184,11 @@ def _problems(stages: dict[str, Any], experiment: Experiment) -> str | None:
 def _settings(stages: dict[str, Any], experiment: Experiment, params: dict[str, Any]) -> dict[str, Any]:
     """The parameters of all stages up to the experiment's target, as dvc.lock has them.
 
-    Which keeps stages of earlier graphs: what `params` no longer has is of one of these.
+    Which keeps stages of earlier graphs: one with a key that `params` no longer has is left out.
     """
-    entries = (stages[name].get("params", {}) for name in upstream(stages, experiment.target))
-    settings = {key: value for entry in entries for key, value in entry.get(PARAMS, {}).items()}
-    return {key: value for key, value in settings.items() if lookup(params, key) is not None}
+    entries = [stages[name].get("params", {}).get(PARAMS, {}) for name in upstream(stages, experiment.target)]
+    current = [entry for entry in entries if all(lookup(params, key) is not None for key in entry)]
+    return {key: value for entry in current for key, value in entry.items()}
 
 
 def _correct(stages: dict[str, Any], model: str, root: Path) -> Correct:

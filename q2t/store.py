@@ -69,7 +69,7 @@ def init_store(root: Path = Path(".")) -> Store:
         reason = f"no server answers: start it, or correct {PARAMS}" if away else str(error).splitlines()[0]
         raise ValueError(without_secret(f"tracking.uri {settings['uri']}: {reason}")) from error
     if found and found.lifecycle_stage == "deleted":
-        restore = f"`mlflow experiments restore -x {experiment}`"
+        restore = without_secret(f"`MLFLOW_TRACKING_URI={uri} mlflow experiments restore -x {experiment}`")
         raise ValueError(f"tracking.experiment {name!r} was deleted in MLflow: {restore}, or name another")
     return Store(client, experiment)
 

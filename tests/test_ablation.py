@@ -311,7 +311,7 @@ def test_a_teacher_that_was_not_evaluated_as_the_student_is_refused(evaluated, t
     # Of an earlier graph: dvc.lock keeps it.
     stages["distill@gone"] = {
         "outs": [{"path": "models/student/old", "md5": "gone"}],
-        "params": {"params.yaml": {"teachers.gone": 1}},
+        "params": {"params.yaml": {"teachers.gone": 1, "evaluate.max_new_tokens": 9}},
     }
     known = {"accuracy": 0.6, "interval": [0, 1], "parameters": 1, "bytes": 4, "families": {}}
     (tmp_path / "reports/metrics").mkdir(parents=True)

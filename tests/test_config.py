@@ -120,7 +120,7 @@ def changed(tmp_path, change):
             lambda p: p["distill"].update(on_policy=OWN, phases=[{"on_policy": False}]),
             "on_policy has no effect: all phases leave it out",
         ),
-        (lambda p: p["distill"].update(online=BESIDE, alpha=0.0), "phase 1 has alpha 0, where online.logits has no"),
+        (lambda p: p["distill"].update(online=BESIDE, alpha=0.0), "online.logits has no effect where alpha is 0"),
         (
             lambda p: p["sources"].update(tiny={"scratch": {"layer": 2}}),
             "unknown key 'layer' in sources.tiny.scratch: did you mean 'layers'",

@@ -71,6 +71,7 @@ def test_killed_at_random_moments_a_stage_ends_with_the_same_bytes(pipeline, sta
     moments = random.Random(stage)
     kills = resumed = 0
     for _ in range(5 * KILLS[stage]):
+        fresh, start = not pipeline.kept(stage), time.monotonic()
         process = pipeline.start(stage)
         process.join(moments.uniform(0.2, 1) * pipeline.seconds[stage])  # before that it imports
         process.kill()  # SIGKILL
@@ -78,6 +79,8 @@ def test_killed_at_random_moments_a_stage_ends_with_the_same_bytes(pipeline, sta
         if process.exitcode == 0:  # what was kept made it faster than the uninterrupted run
             pipeline.assert_as_if_uninterrupted(stage)
             pipeline.forget(stage)
+            if fresh:  # the machine was busier when the uninterrupted one was timed
+                pipeline.seconds[stage] = min(pipeline.seconds[stage], time.monotonic() - start)
             continue
         assert process.exitcode == -9, pipeline.log.read_text()
         kills += 1

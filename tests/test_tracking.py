@@ -170,8 +170,7 @@ def test_a_live_run_is_adopted_with_its_curve_and_inputs(runs, project):
     curve = client.get_metric_history(stage.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in curve] == [(0, 1.0), (10, 0.2)]
     assert len(client.get_metric_history(stage.info.run_id, "loss")) == 1
-    took = (stage.info.end_time - stage.info.start_time) / 1000  # what MLflow shows as its duration
-    assert took == pytest.approx(stage.data.metrics["seconds"], abs=1)
+    assert stage.info.end_time < client.get_run(first["HEAD"]).info.start_time  # when the stage did
     lock = YAML(typ="safe").load(
         subprocess.run(["git", "show", "HEAD:dvc.lock"], cwd=project, capture_output=True).stdout
     )

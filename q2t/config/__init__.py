@@ -168,9 +168,10 @@ class Params(Section):
             )
         wanted = ["target", "general"] if share < 1 else ["target"]
         if lacking := [domain for domain in wanted if domain not in {teacher.domain for teacher in read.values()}]:
+            other = ", or set target_share to 1.0" if lacking == ["general"] else ""
             raise ValueError(
-                f"filter: target_share is {share}, and no answer of teachers {list(read)} is {' or '.join(lacking)}: "
-                "name one who gives such, or change target_share"
+                f"filter: target_share is {share}, and no answer of teachers {list(read)} is {lacking[0]}: name one "
+                f"who gives such{other}"
             )
         for name, section in (("distill", self.distill), ("prune", self.prune)):
             if any(not set(wanted) & set(phase.domains) for phase in section.in_phases()):

@@ -177,6 +177,8 @@ class Distill(Optimizer):
         in_phases = self.in_phases()
         if self.online and not any(phase.online for phase in in_phases):
             raise ValueError("online has no effect: all phases leave it out")
+        if self.online and self.online.logits and not any(p.online and (p.alpha or p.teacher_only) for p in in_phases):
+            raise ValueError("online.logits has no effect where alpha is 0: leave it out, or raise alpha")
         if self.on_policy and not any(phase.on_policy for phase in in_phases):
             raise ValueError("on_policy has no effect: all phases leave it out")
         if self.adapter and any(phase.sparsity for phase in in_phases):
@@ -198,10 +200,6 @@ class Distill(Optimizer):
                 raise ValueError(
                     f"phase {number} is on_policy and has an online teacher, which knows the rows' own answers only: "
                     "give it online: false"
-                )
-            if phase.online and phase.online.logits and not phase.alpha and not phase.teacher_only:
-                raise ValueError(
-                    f"phase {number} has alpha 0, where online.logits has no effect: leave it out, or raise alpha"
                 )
             beside = phase.online and (phase.online.hidden or phase.online.attention or phase.online.spans)
             if beside and (phase.reasoning != 1 or phase.curriculum):
