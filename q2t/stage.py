@@ -131,6 +131,12 @@ def published(out: str, *, needed: bool) -> Path | None:
 
 
 def _asked(entry: dict[str, Any]) -> list[Any]:
-    """What the answers of a stage hang on beside its code."""
+    """What a server's answers hang on: not where our side computes, how many are asked for, or how many at a time."""
     deps = sorted((dep["path"], dep["md5"]) for dep in entry["deps"] if not dep["path"].endswith(".py"))
-    return [deps, entry.get("params")]
+    params = entry["params"]["params.yaml"]
+    (teacher,) = (value for key, value in params.items() if key.startswith("teachers."))
+    return [
+        deps,
+        params["seed"],
+        {key: value for key, value in teacher.items() if key not in ("samples", "batch_size")},
+    ]

@@ -130,6 +130,15 @@ def changed(tmp_path, change):
             "file and sha256 are a registry source's",
         ),
         (lambda p: p.update(launch="accelerate launch"), "launch: 'accelerate launch' would start no module"),
+        (
+            lambda p: p["teachers"].update(stepwise=p["teachers"]["expert"] | {"system": "Step by step."}),
+            "teachers: expert and another have 'models/teacher' answer questions behind different `system` prompts",
+        ),
+        (
+            lambda p: p["sources"].update({"qwen2.5": {"path": "../qwen"}}),
+            "'qwen2.5' in sources: String should match pattern",
+        ),
+        (lambda p: p["evaluate"]["models"].update({"student v2": "models/s"}), "'student v2' in evaluate.models: "),
         (lambda p: p.update(launch=""), "launch: '' would start no module"),
         (
             lambda p: p["filter"].update(teachers=["expert", "reference"]),

@@ -101,6 +101,9 @@ def test_what_was_generated_before_is_found_when_its_out_is_deleted(first):
         )
         done = subprocess.run([sys.executable, "-c", bare], cwd=first, capture_output=True, text=True)
         assert f"its answers would be paid for again: `dvc pull {out}` first" in done.stderr
+        (first / "params.yaml").write_text(params.replace("    samples: 2\n", "    samples: 3\n", 1))
+        done = subprocess.run([sys.executable, "-c", bare], cwd=first, capture_output=True, text=True)
+        assert "would be paid for again" in done.stderr  # the first two of each question
         (first / "params.yaml").write_text(params.replace("seed: 7", "seed: 8", 1))
         run(first, "python", "-c", bare)  # other questions, which nobody has answered yet
     finally:

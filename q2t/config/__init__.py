@@ -30,6 +30,7 @@ from q2t.config.training import (
     Distill,
     Divergence,
     Domain,
+    Name,
     Online,
     OnPolicy,
     Optimizer,
@@ -80,10 +81,10 @@ class Params(Section):
     compute: Compute
     launch: str
     """The command that runs the module of a stage which can have several processes; it ends with -m."""
-    sources: dict[str, Source]
+    sources: dict[Name, Source]
     capability: Capability
     specialize: Specialize
-    teachers: dict[str, Teacher]
+    teachers: dict[Name, Teacher]
     filter: Filter
     initialize: Initialize
     label: Label
@@ -124,6 +125,16 @@ class Params(Section):
             raise ValueError(
                 "teachers: reference answers what forgetting is measured on: give it, with prompts: general_test"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_model_is_told_one_thing(self) -> "Params":
+        for name, teacher in self.teachers.items():
+            if teacher.prompts == "questions" and teacher.system != self.told.get(teacher.model, ""):
+                raise ValueError(
+                    f"teachers: {name} and another have {teacher.model!r} answer questions behind different `system` "
+                    "prompts, and evaluate would not know which: give both the same"
+                )
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from q2t.config.training import Domain, Folder, Optimizer, Section
+from q2t.config.training import Domain, Folder, Name, Optimizer, Section
 
 
 class Scratch(Section):
@@ -161,7 +161,7 @@ class Export(Section):
 
 
 class Evaluate(Section):
-    models: dict[str, Folder]
+    models: dict[Name, Folder]
     """Name to folder, in the order of the report; `teacher` is what the others are measured against."""
     lenient: list[str]
     """Of these, the models that are also asked with worked examples and judged by free text: those that were never

@@ -14,6 +14,8 @@ class Section(BaseModel):
 
 Folder = Annotated[str, AfterValidator(lambda folder: str(Path(folder)))]
 """A model folder, written in one way: "models/teacher/" is "models/teacher"."""
+Name = Annotated[str, Field(pattern=r"^[\w-]+$")]
+"""Of what the user names: it becomes part of commands, paths and, where a dot parts them, DVC's parameters."""
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """The range that NumPy takes."""
 
