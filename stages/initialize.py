@@ -23,13 +23,13 @@ def main() -> None:
     with stage_run("initialize") as tracked:
         examples = read_jsonl(Path("data/filtered/examples.jsonl"), Example)
         model, tokenizer = load_model(Path(settings.model)), load_tokenizer(Path(settings.model))
-        output_head(model)  # refused here, and not at the first step of distill
+        head = output_head(model)  # refused here, and not at the first step of distill
         # Ids are hashes, so the first rows are a random sample.
         sample = [row for row in examples if row.domain == "target"][: settings.calibration_rows]
         influence = block_influence(model.to(params.compute.device), calibration(encode(tokenizer, sample)))
         model, layers = keep_layers(model.cpu(), settings.layers, influence)
         texts = prompts(tokenizer, examples) + [row.text for row in examples]
-        trimmed = trim(tokenizer, texts, settings.vocabulary)
+        trimmed = trim(tokenizer, texts, settings.vocabulary, len(head))
         save_model(slice_embeddings(model, trimmed.kept), trimmed.tokenizer, STUDENT)
         write_json(STUDENT / "vocabulary_map.json", trimmed.to_student)
         metrics = {

@@ -64,6 +64,7 @@ def keep_layers(
     for index, block in enumerate(model.model.layers):
         block.self_attn.layer_idx = index  # the KV cache is addressed by it
     model.config.num_hidden_layers = count
-    if getattr(model.config, "layer_types", None):  # which blocks see a window alone
-        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    for name in ("layer_types", "no_rope_layers"):  # which blocks see a window alone, and which no positions
+        if of_layers := getattr(model.config, name, None):
+            setattr(model.config, name, [of_layers[i] for i in kept])
     return model, kept

@@ -34,7 +34,7 @@ class Trimmed(NamedTuple):
     may have more, unused rows)."""
 
 
-def trim(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], size: int) -> Trimmed:
+def trim(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], size: int, rows: int | None = None) -> Trimmed:
     """Cut a BPE tokenizer to at most `size` tokens without re-segmenting the texts.
 
     Kept are all added tokens, all byte tokens, every token that the texts use, and every token on the way to
@@ -43,6 +43,7 @@ def trim(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], size: int) 
 
     Args:
         texts: complete training texts, chat template included; encoded without adding special tokens.
+        rows: of the model's embeddings. A token without one, as gemma-3-1b's of images, is left out.
 
     Raises:
         ValueError: the tokenizer is no BPE over bytes, more than `size` tokens are needed, or a text came out
@@ -51,12 +52,12 @@ def trim(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], size: int) 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     every_byte = _bytes(state)
     texts = list(texts)
-    vocabulary = tokenizer.get_vocab()
+    vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if rows is None or i < rows}
     names = {index: token for token, index in vocabulary.items()}
     ranks: dict[Merge, int] = {tuple(pair): rank for rank, pair in enumerate(state["model"]["merges"])}
 
     used = {names[index] for ids in _encode(tokenizer, texts) for index in ids}
-    tokens = {added["content"] for added in state["added_tokens"]}
+    tokens = {added["content"] for added in state["added_tokens"]} & vocabulary.keys()
     tokens |= {token for token in [*every_byte, state["model"]["unk_token"]] if token in vocabulary}
     for token in used - tokens:
         tokens |= _derivation(token, ranks)
@@ -173,7 +174,7 @@ def _rebuild(
     model = state["model"]
     vocabulary = {token: to_student[i] for token, i in model["vocab"].items() if to_student[i] >= 0}
     merges = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= vocabulary.keys()]
-    added = [{**token, "id": to_student[token["id"]]} for token in state["added_tokens"]]
+    added = [{**t, "id": to_student[t["id"]]} for t in state["added_tokens"] if t["id"] < len(to_student)]
     state = {
         **state,
         "model": {**model, "vocab": vocabulary, "merges": merges},
@@ -182,9 +183,15 @@ def _rebuild(
         "padding": None,  # what the last call of the teacher's tokenizer left there is no setting
         "truncation": None,
     }
+    kept = {token["content"] for token in added}
+    special = {
+        role: [token for token in named if token in kept] if isinstance(named, list) else named
+        for role, named in tokenizer.special_tokens_map.items()
+        if isinstance(named, list) or named in kept
+    }
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-        **tokenizer.special_tokens_map,
+        **special,
         chat_template=tokenizer.chat_template,
         clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
         model_max_length=tokenizer.model_max_length,

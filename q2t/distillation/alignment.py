@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import islice, takewhile
 from os.path import commonprefix
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,15 +113,6 @@ def difference(student: Any, teacher: Any, to_student: Sequence[int]) -> str:
     return ""
 
 
-def overlap(student: Vocabulary, teacher: Vocabulary) -> dict[str, float]:
-    """Share of the student's tokens, and of its numerals, that the teacher has too."""
-    numerals = {piece for piece, index in student.ids.items() if student.is_numeral(index)}
-    return {
-        "matched_share": len(student.ids.keys() & teacher.ids.keys()) / len(student.ids),
-        "matched_numeral_share": len(numerals & teacher.ids.keys()) / max(1, len(numerals)),
-    }
-
-
 def align(student: Sequence[int], teacher: Sequence[int]) -> np.ndarray:
     """The shortest spans of whole tokens that cover the same bytes on both sides, in order and without gaps.
 
@@ -134,23 +125,6 @@ def align(student: Sequence[int], teacher: Sequence[int]) -> np.ndarray:
     """
     _, ours, theirs = np.intersect1d(np.cumsum(student), np.cumsum(teacher), assume_unique=True, return_indices=True)
     return np.stack([ours, theirs], 1) + 1
-
-
-class Counts(NamedTuple):
-    """Student tokens; those of several batches may be added."""
-
-    tokens: int
-    merged: int
-    """In spans of several tokens on either side, where probabilities rest on the chain rule."""
-    numerals: int
-    merged_numerals: int
-
-    def shares(self) -> dict[str, float]:
-        return {
-            "merged_share": self.merged / self.tokens,
-            "numeral_share": self.numerals / self.tokens,
-            "merged_numeral_share": self.merged_numerals / max(1, self.numerals),
-        }
 
 
 @dataclass(frozen=True)
@@ -171,7 +145,6 @@ class Spans:
     """[outcomes] and [outcomes]: last tokens of the student and of the teacher that make the same text of a span."""
     others: bool
     """The student has tokens, not only special ones, that the teacher lacks."""
-    counts: Counts
 
     def to(self, device: torch.device) -> "Spans":
         names = ("student_ends", "teacher_ends", "weights", "numeral", "kind")
@@ -192,7 +165,6 @@ def align_rows(rows: Sequence[Row], teacher_rows: Sequence[Row], student: Vocabu
     weights: list[float] = []
     numeral: list[bool] = []
     kind: list[int] = []
-    counts = np.zeros(4, int)
     for row, teacher_row in zip(rows, teacher_rows, strict=True):
         sides = [(student, _completion(row)), (teacher, _completion(teacher_row))]
         assert all(tokens[-1] == vocabulary.eos for vocabulary, tokens in sides)
@@ -212,13 +184,8 @@ def align_rows(rows: Sequence[Row], teacher_rows: Sequence[Row], student: Vocabu
             ours, theirs = (b"".join(part[a : b - 1]) for part, a, b in zip(pieces, start, end, strict=True))
             # One of the two is the beginning of the other.
             kind.append(kinds.setdefault((ours[len(theirs) :], theirs[len(ours) :]), len(kinds)))
-            numerals, teacher_numerals = (
-                sum(map(vocabulary.is_numeral, tokens[a:b]))
-                for (vocabulary, tokens), a, b in zip(sides, start, end, strict=True)
-            )
-            numeral.append(numerals + teacher_numerals > 0)
-            merged = kind[-1] > 0
-            counts += (end[0] - start[0], merged * (end[0] - start[0]), numerals, merged * numerals)
+            both = zip(sides, start, end, strict=True)
+            numeral.append(any(vocabulary.is_numeral(t) for (vocabulary, said), a, b in both for t in said[a:b]))
         weights += [row.weight] * len(spans)
         ends.append(spans + ends[-1][-1])
     student_ends, teacher_ends = torch.from_numpy(np.concatenate(ends[1:])).unbind(1)
@@ -230,7 +197,6 @@ def align_rows(rows: Sequence[Row], teacher_rows: Sequence[Row], student: Vocabu
         kind=torch.tensor(kind),
         matched=tuple(_matched(student, teacher, *prefixes) for prefixes in kinds),
         others=any(i not in student.special and piece not in teacher.ids for piece, i in student.ids.items()),
-        counts=Counts(*counts.tolist()),
     )
 
 

@@ -99,7 +99,9 @@ def room(device: str, held: int) -> int:
     return max(0, int(torch.cuda.get_device_properties(device).total_memory) - held) // 4
 
 
-def at_once(count: int, tokens: int, config: Any, device: str, held: int, *, checkpointing: bool = False) -> int:
+def at_once(
+    count: int, tokens: int, config: Any, device: str, held: int, *, checkpointing: bool = False, logits: int = 0
+) -> int:
     """How many of `count` micro-batches go through a model of this configuration in one pass: 1 on a CPU.
 
     A GPU is done with a small model's four rows before the next kernel is launched. Padding to the longest row costs it
@@ -110,12 +112,13 @@ def at_once(count: int, tokens: int, config: Any, device: str, held: int, *, che
         tokens: of the largest micro-batch of the step, its rows as long as the longest.
         held: bytes of the device that are taken.
         checkpointing: activations are computed again for the gradient.
+        logits: bytes a token of those that are whole at once; none where the loss cuts them into chunks.
     """
     if device == "cpu":
         return 1
     layers = config.num_hidden_layers
     each = LAYER_INPUT * layers + ACTIVATIONS if checkpointing else ACTIVATIONS * layers
-    most = max(1, room(device, held) // (tokens * each * config.hidden_size))
+    most = max(1, room(device, held) // (tokens * (each * config.hidden_size + logits)))
     return math.ceil(count / math.ceil(count / most))  # in equal passes: a last one of few rows takes as long
 
 

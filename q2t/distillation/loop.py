@@ -184,9 +184,10 @@ def accumulate(
     tokens = sum(row.completion_tokens for micro in micro_batches for row in micro)
     dealt = list(micro_batches[accelerator.process_index :: accelerator.num_processes])
     share = math.ceil(len(micro_batches) / accelerator.num_processes)
-    size = _at_once(share, micro_batches, objective, settings, accelerator.device.type)
-    own = [list(chain(*dealt[i : i + size])) for i in range(0, len(dealt), size)]
     sharded = sharding.is_sharded(objective)
+    shards = accelerator.num_processes if sharded else 1
+    size = _at_once(share, micro_batches, objective, settings, accelerator.device.type, shards)
+    own = [list(chain(*dealt[i : i + size])) for i in range(0, len(dealt), size)]
     # Whoever has shards of a layer takes part whenever one runs: with rows that count nothing, if it has no others.
     idle = sharded and len(own) < math.ceil(share / size)
     sums = [0.0] * len(Losses._fields)
@@ -212,13 +213,18 @@ def accumulate(
 
 
 def _at_once(
-    count: int, micro_batches: Sequence[Sequence[Row]], objective: Objective, settings: Distill, device: str
+    count: int,
+    micro_batches: Sequence[Sequence[Row]],
+    objective: Objective,
+    settings: Distill,
+    device: str,
+    shards: int,
 ) -> int:
-    """As `batches.at_once`, of what all processes know."""
+    """As `batches.at_once`, of what all processes know; each holds one of so many shards of the student."""
     if settings.online and settings.online.attention:
         return 1  # maps grow with the square of a row's length
-    tokens = max(len(micro) * max(len(row.input_ids) for row in micro) for micro in micro_batches)
-    config, held = objective.student.config, batches.held(objective)
+    tokens = max(map(len, micro_batches)) * max(len(row.input_ids) for micro in micro_batches for row in micro)
+    config, held = objective.student.config, batches.held(objective) // shards
     if objective.teacher:
         held += batches.held(objective.teacher.model)
     return batches.at_once(count, tokens, config, device, held, checkpointing=settings.gradient_checkpointing)

@@ -13,7 +13,7 @@ both vocabularies have one by one. Unlike in TRL 1.16,
 
 The default across tokenizers remains sequence-level, since these losses are weak where tokenizations differ, as on
 numbers (arXiv 2605.21699): a token also has the probability of all longer ones that begin with it and that its
-vocabulary lacks. `Spans.numeral` and `Spans.counts` tell numbers apart.
+vocabulary lacks. `Spans.numeral` tells numbers apart.
 """
 
 from collections.abc import Callable

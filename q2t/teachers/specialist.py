@@ -112,7 +112,8 @@ def specialize(
     order = [row for group in sorted(groups, key=len, reverse=True) for row in group]
     parts = settings.batch_size // micro
     held = batches.held(model)
-    together = batches.at_once(parts, micro * max(lengths), model.config, compute.device, held)
+    logits = 3 * 4 * len(batches.output_head(model))  # the backward has three copies in float32
+    together = batches.at_once(parts, micro * max(lengths), model.config, compute.device, held, logits=logits)
     at_once = micro * max(n for n in range(1, together + 1) if parts % n == 0)
     # The trainer forgets its running loss at a resume: there must be none at a checkpoint but the last.
     assert save_every % LOG_EVERY == 0

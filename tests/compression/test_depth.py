@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from q2t.compression.depth import block_influence, keep_layers
 
@@ -50,6 +51,19 @@ def test_the_least_influential_go_but_never_the_first_or_the_last(make_model):
             assert torch.equal(layer.state_dict()[name], weight)
     assert keep_layers(make_model(), 3, [0.0] * 4)[1] == [0, 1, 3]
     assert keep_layers(make_model(), 2, [0.0, 9.0, 9.0, 0.0])[1] == [0, 3]
+
+
+def test_what_a_configuration_says_of_each_block_goes_with_it(tmp_path):
+    """SmolLM3's list of blocks without positions."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    model = SmolLM3ForCausalLM(SmolLM3Config(num_hidden_layers=6, pad_token_id=0, **sizes)).eval()
+    model, kept = keep_layers(model, 5, [1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    assert kept == [0, 2, 3, 4, 5] and model.config.no_rope_layers == [1, 1, 0, 1, 1]
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(1, 21)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(SmolLM3ForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
 
 
 def test_all_layers_kept_is_the_identity(make_model, batches):

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -122,6 +123,16 @@ def test_the_full_size_is_the_identity(teacher, texts):
 def test_too_small_a_size_names_what_is_needed(teacher, texts):
     with pytest.raises(ValueError, match=r"vocabulary: 300 tokens are too few; .* need (\d+): set it to \1 or more"):
         trim(teacher, texts, 300)
+
+
+def test_a_token_without_a_row_of_the_model_is_left_out(teacher, texts):
+    """As gemma-3-1b's <image_soft_token>."""
+    more = copy.deepcopy(teacher)
+    more.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    trimmed = trim(more, texts, 480, rows=len(teacher))
+    assert max(trimmed.kept) < len(teacher) == len(trimmed.to_student)
+    assert "<image>" not in trimmed.tokenizer.get_vocab() and len(trimmed.tokenizer) == len(trimmed.kept) == 480
+    assert trim(more, texts, 480).kept[-1] == len(teacher)
 
 
 def test_another_segmentation_is_found_and_its_text_named(teacher, trimmed, texts):

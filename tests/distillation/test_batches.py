@@ -144,6 +144,10 @@ def test_a_gpu_takes_micro_batches_in_equal_passes_that_fit(
     assert batches.at_once(count, tokens, config, "cuda", 0) == expected
     assert batches.at_once(count, tokens, config, "cuda", 0, checkpointing=True) == checkpointing
     assert batches.at_once(count, tokens, config, "cpu", 0) == 1
+    # Logits as heavy as the activations halve the room.
+    halved = batches.at_once(count, tokens, config, "cuda", 0, logits=one // tokens)
+    monkeypatch.setattr(batches, "room", lambda device, held: (room * one + one // 2) // 2)
+    assert halved == batches.at_once(count, tokens, config, "cuda", 0)
 
 
 def test_what_is_held_leaves_less_of_a_gpu(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
