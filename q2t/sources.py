@@ -27,6 +27,9 @@ WHITELIST = (
 )
 """All that a model folder holds. Nothing else that a trainer or a converter leaves behind is published."""
 
+POINTER = "pointer.json"
+"""Names an endpoint in the folder of a teacher that is no model here; `teachers.openai` reads it."""
+
 TODAY = date(2024, 7, 26)
 """What templates that tell a model the date are given (Llama 3's falls back to this one): a prompt knows no clock."""
 
@@ -65,6 +68,7 @@ def fetch(name: str, source: Source, target: Path, corpus: Sequence[str] = ()) -
             raise ValueError("the model has no chat template; take its instruction-tuned version")
         model = _text_only(model)
         _end_with_the_turn(model, tokenizer)
+        _sample_as_configured(model.generation_config)
     except ValueError as error:
         raise ValueError(f"sources.{name}: {error}") from None
     save_model(model, tokenizer, target)
@@ -155,7 +159,19 @@ def _end_with_the_turn(model: Any, tokenizer: Any) -> None:
     ends = [index for index in tokenizer(answered, add_special_tokens=False).input_ids if index in special]
     if ends:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
-        model.config.eos_token_id = model.generation_config.eos_token_id = ends[0]
+        declared = model.generation_config.eos_token_id
+        declared = declared if isinstance(declared, list) else [declared]
+        others = [end for end in declared if end not in (None, ends[0])]  # they end an answer still
+        model.config.eos_token_id = ends[0]
+        model.generation_config.eos_token_id = [ends[0], *others] if others else ends[0]
+
+
+def _sample_as_configured(settings: Any) -> None:
+    """Sampling settings without `do_sample` are read, and then refused as they are saved."""
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -206,16 +222,30 @@ def chat_prompt(tokenizer: Any, question: str, system: str = "") -> str:
     """The question in the model's chat template, up to where the answer begins."""
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": question})
-    return render(tokenizer, turns, begin_answer=True)
+    # R1's distillates open it here, where it would be missing from the answer.
+    return re.sub(r"<think>\s*\Z", "", render(tokenizer, turns, begin_answer=True))
 
 
 def render(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, begin_answer: bool = False) -> str:
-    """A chat in the model's template: the same text on every day."""
-    return str(
-        tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=begin_answer, strftime_now=TODAY.strftime
+    """A chat in the model's template: the same text on every day.
+
+    Raises:
+        ValueError: the template refuses such turns, a system prompt for example.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=begin_answer, strftime_now=TODAY.strftime
+            )
         )
-    )
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} refuses turns of {roles}: {error}. "
+            "Leave out the teacher's `system`, or take a model whose template has system prompts"
+        ) from None
 
 
 def load_model(folder: Path, dtype: str = "float32") -> Any:

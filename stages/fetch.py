@@ -6,13 +6,15 @@ from pathlib import Path
 from q2t.capability.general import PROMPTS
 from q2t.config import load
 from q2t.sources import fetch
-from q2t.stage import run
+from q2t.stage import root, run
 from q2t.tracking import stage_run
 
 
 def main() -> None:
     name = sys.argv[1]
     source = load().sources[name]
+    if source.path:  # of the repository, and not of the copy in which DVC runs an experiment
+        source = source.model_copy(update={"path": str(root() / source.path)})
     with stage_run(f"fetch@{name}"):
         fetch(name, source, Path("models/sources") / name, corpus=PROMPTS)
 

@@ -11,6 +11,7 @@ from q2t import quality
 from q2t.config import load
 from q2t.determinism import seed_everything
 from q2t.records import Problem, read_jsonl, write_json, write_jsonl
+from q2t.sources import POINTER
 from q2t.stage import checkpoints, published, root, run
 from q2t.teachers import local, openai, worked
 from q2t.teachers.journal import Journal
@@ -27,7 +28,7 @@ def main() -> None:
         problems = read_jsonl(Path(f"data/prompts/{teacher.prompts}.jsonl"), Problem)
         if teacher.prompts == "lessons":
             rows = worked.answers(problems, teacher, name=name)
-        elif (folder / openai.POINTER).exists():
+        elif (folder / POINTER).exists():
             # A server's answers cost money and never come twice the same: its journal outlives the run.
             journal = Journal(root() / f".q2t/generate/{name}.jsonl")
             pointer = openai.load_pointer(folder)

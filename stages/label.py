@@ -14,9 +14,8 @@ from q2t.distillation.alignment import difference
 from q2t.distillation.labels import Beside, label, write
 from q2t.distillation.rows import Row, encode
 from q2t.records import Example, read_jsonl, write_json
-from q2t.sources import fingerprint, load_model, load_tokenizer
+from q2t.sources import POINTER, fingerprint, load_model, load_tokenizer
 from q2t.stage import run
-from q2t.teachers.openai import POINTER
 from q2t.tracking import stage_run
 
 STUDENT = Path("models/untrained")

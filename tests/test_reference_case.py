@@ -145,7 +145,7 @@ def test_the_vision_tower_is_dropped_and_a_text_ends_with_its_turn(folders: dict
         torch.testing.assert_close(text(ids).logits, whole(ids).logits)
     tokenizer = load_tokenizer(folders["gemma"])
     assert tokenizer.eos_token == "<end_of_turn>"
-    assert text.config.eos_token_id == text.generation_config.eos_token_id == 5
+    assert text.config.eos_token_id == 5 and text.generation_config.eos_token_id == [5, 1]
     assert load_tokenizer(folders["r1"]).eos_token == "<｜end▁of▁sentence｜>"
 
 

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -329,6 +330,30 @@ def test_a_model_without_a_chat_template_is_refused(scratch, tmp_path):
     tokenizer.chat_template = None
     save_model(load_model(scratch), tokenizer, tmp_path / "base")
     assert "no chat template" in _refused(Source(path=str(tmp_path / "base")), tmp_path)
+
+
+def test_sampling_settings_of_a_model_that_was_saved_without_do_sample(scratch, tmp_path):
+    shutil.copytree(scratch, tmp_path / "warm")
+    settings = json.loads((tmp_path / "warm/generation_config.json").read_text())
+    (tmp_path / "warm/generation_config.json").write_text(json.dumps(settings | {"temperature": 0.9, "top_p": 0.6}))
+    fetch("warm", Source(path=str(tmp_path / "warm")), tmp_path / "copy")
+    kept = json.loads((tmp_path / "copy/generation_config.json").read_text())
+    assert (kept["temperature"], kept["do_sample"]) == (0.9, True)
+
+
+def test_a_template_that_refuses_a_system_prompt_is_one_line(scratch):
+    tokenizer = load_tokenizer(scratch)
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    assert chat_prompt(tokenizer, "?") == "x"
+    with pytest.raises(ValueError, match="refuses turns of system, user: no system. Leave out the teacher's `system`"):
+        chat_prompt(tokenizer, "?", "Be brief.")
+
+
+@pytest.mark.parametrize(("ends", "prompt"), [("<think>\n", "A:"), ("<think>\n\n</think>", "A:<think>\n\n</think>")])
+def test_a_template_does_not_open_the_reasoning_for_the_model(scratch, ends, prompt):
+    tokenizer = load_tokenizer(scratch)
+    tokenizer.chat_template = "A:" + ends
+    assert chat_prompt(tokenizer, "?") == prompt
 
 
 @pytest.mark.parametrize("revision", ["main", "v1.0", REVISION[:12], REVISION.upper(), REVISION + "0"])

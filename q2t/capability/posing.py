@@ -40,9 +40,12 @@ def pose(families: list[Family], settings: Capability, seed: int) -> dict[Split,
                     seen.add(key)
                     fresh.append(problem if split == "lessons" else problem.model_copy(update={"solution": ""}))
             if len(fresh) < wanted:
+                lacking = "inputs of their own"
+                if family.held_out and split == "test" and len(fresh) < wanted // HELD_OUT:
+                    lacking = "{} = {}, as one test problem in {} has,".format(*family.held_out, HELD_OUT)
                 raise ValueError(
                     f"capability.{split}: {wanted} problems asked of family {family.name!r}, "
-                    f"which has only {len(fresh)} more with inputs of their own on the {settings.grid} grid; "
+                    f"which has only {len(fresh)} more with {lacking} on the {settings.grid} grid; "
                     "ask for fewer, or set capability.grid to fine"
                 )
             posed[split].extend(fresh)

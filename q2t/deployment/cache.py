@@ -17,7 +17,7 @@ BLOCK = 32
 
 
 class BlockLayer(CacheLayerMixin):
-    """One layer's keys and values [batch, kv_heads, capacity, width]; the capacity is a multiple of BLOCK.
+    """One layer's keys and values, each [batch, kv_heads, capacity, width]; the capacity is a multiple of BLOCK.
 
     The whole capacity is attended to, as in transformers' StaticCache: the mask hides what isn't written yet. A
     slice of the written positions would not be contiguous, and its products take longer.
@@ -30,7 +30,6 @@ class BlockLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor) -> None:
         batch, heads, _, width = key_states.shape
         self.keys = key_states.new_zeros(batch, heads, 0, width)
-        self.values = torch.zeros_like(self.keys)
         self.is_initialized = True
 
     def update(
@@ -39,6 +38,7 @@ class BlockLayer(CacheLayerMixin):
         """Append; a prompt attends to itself alone, without the room behind it."""
         if not self.is_initialized:
             self.lazy_initialization(key_states)
+            self.values = value_states.new_zeros(*value_states.shape[:2], 0, value_states.shape[-1])  # DeepSeek's width
         start, self.length = self.length, self.length + key_states.shape[-2]
         if (room := self._capacity() - self.keys.shape[-2]) > 0:
             self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, room)) for t in (self.keys, self.values))
@@ -87,7 +87,7 @@ def grouped_query_attention(
 
     Args:
         query: [batch, heads, 1, width].
-        key: [batch, kv_heads, length, width], as `value`.
+        key: [batch, kv_heads, length, width]; `value` may have another width.
         attention_mask: bool [batch, 1, 1, length], true where attended to; None for everywhere.
 
     Returns:
@@ -105,7 +105,7 @@ def grouped_query_attention(
     scores = torch.bmm(rows, key.flatten(0, 1).transpose(1, 2))
     if attention_mask is not None:
         scores.view(batch, heads, -1).masked_fill_(~attention_mask[:, 0], float("-inf"))
-    return torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view(batch, 1, heads, width), None
+    return torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view(batch, 1, heads, -1), None
 
 
 GROUPED_QUERY = "grouped_query"

@@ -3,6 +3,7 @@
 Teachers, evaluation and `q2t ask` decode here, so that a score says something of the model and not of the engine.
 """
 
+import json
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,12 +49,17 @@ class TorchEngine:
     """Finished rows leave the cache when less than this share of its rows run: to copy it costs more than a few."""
 
     def __init__(self, folder: Path, compute: Compute) -> None:
+        from transformers import DynamicCache
+
         from q2t.deployment.cache import GROUPED_QUERY, BlockCache
 
         self.device = torch.device(compute.device)
         self.model = load_model(folder, compute.dtype).to(self.device).eval()
-        self.model.set_attn_implementation(GROUPED_QUERY)
-        self.new_cache = BlockCache
+        # Others have an attention of their own (OLMoE), which would attend to what is not written yet.
+        replaceable = self.model._supports_attention_backend
+        if replaceable:
+            self.model.set_attn_implementation(GROUPED_QUERY)
+        self.new_cache = BlockCache if replaceable else DynamicCache
 
     def __call__(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: Any
@@ -126,6 +132,12 @@ class Runtime:
         self.tokenizer = load_tokenizer(folder)
         pad = self.tokenizer.pad_token_id
         self.pad = self.tokenizer.eos_token_id if pad is None else pad  # what is masked may be any token
+        config, generation = (_read(folder / name) for name in ("config.json", "generation_config.json"))
+        # A sliding window would count the padding between what is shared and the rest.
+        self.shares = config.get("sliding_window") is None
+        declared = generation.get("eos_token_id")
+        ends = declared if isinstance(declared, list) else [declared] if declared is not None else []
+        self.ends = torch.tensor(sorted({self.tokenizer.eos_token_id, *ends}))
         self.engine = (OnnxEngine if (folder / ONNX_FILE).exists() else TorchEngine)(folder, compute)
 
     def prompt(self, question: str, system: str = "") -> str:
@@ -199,12 +211,12 @@ class Runtime:
         for step in self._steps(requests, limit, temperature, top_p):
             for row, token in step.items():
                 tokens[row].append(token)
-        end = self.tokenizer.eos_token_id
+        ends = set(self.ends.tolist())
         prompts = self._ids([r.prompt for r in requests])
         return [
             Answer(
                 text=self._text(row),
-                finish_reason="stop" if row and row[-1] == end else "length",
+                finish_reason="stop" if row and row[-1] in ends else "length",
                 prompt_tokens=len(prompt),
                 completion_tokens=len(row),
             )
@@ -225,7 +237,7 @@ class Runtime:
                 uniform = torch.tensor([streams[row].random() for row in rows.tolist()], dtype=torch.float64)
                 token = sample(logits, uniform, temperature, top_p)
             yield dict(zip(rows[running].tolist(), token[running].tolist(), strict=True))
-            running &= token != self.tokenizer.eos_token_id
+            running &= ~torch.isin(token, self.ends)
             alive = running.nonzero().flatten()
             if not left or not len(alive):
                 return
@@ -242,9 +254,10 @@ class Runtime:
         What prompts share is computed once, and so are equal prompts.
         """
         distinct = list({r.prompt: r for r in requests}.values())
-        shared = list(dict.fromkeys(r.shared for r in distinct))
+        begins_of = [r.shared if self.shares else "" for r in distinct]
+        shared = list(dict.fromkeys(begins_of))
         heads = self._ids(shared)
-        head = torch.tensor([shared.index(r.shared) for r in distinct])
+        head = torch.tensor([shared.index(begin) for begin in begins_of])
         prompts = self._ids([r.prompt for r in distinct])
         begins = [heads[place] for place in head.tolist()]
         assert all(ids[: len(begin)] == begin for ids, begin in zip(prompts, begins, strict=True))
@@ -306,6 +319,12 @@ def _invert(probabilities: torch.Tensor, ids: torch.Tensor, uniform: torch.Tenso
     nucleus = kept[:, -1].clamp(min=top_p)  # more than top_p, but for rounding
     place = torch.searchsorted(kept, (uniform.double() * nucleus)[:, None], right=True)
     return ids.gather(-1, place.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The settings in a model folder's JSON file; none where it isn't there."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def load(folder: Path, compute: Compute) -> Runtime:

@@ -64,7 +64,9 @@ def answer(
         system: what the model has to be told of the answer's format, before each question that a verifier judges.
         judge: the verdict on a problem's answer and its finish reason.
     """
-    requests = requests or [Request(runtime.prompt(p.question, system if p.check else "")) for p in problems]
+    requests = requests or [
+        Request(runtime.prompt(p.question, system if p.domain == "target" else "")) for p in problems
+    ]
     judged: dict[int, Judged] = {}
     for batch in runtime.generate(
         requests,
@@ -74,7 +76,7 @@ def answer(
     ):
         for place, given in batch:
             problem = problems[place]
-            verdict = judge(problem, given.text, given.finish_reason) if problem.check else None
+            verdict = judge(problem, given.text, given.finish_reason) if problem.domain == "target" else None
             judged[place] = Judged(
                 problem_id=problem.id,
                 family=problem.family,

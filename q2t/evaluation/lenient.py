@@ -46,10 +46,11 @@ _NUMBER = (
     r"(?P<number>(?:(?<![^\s=(:])(?<!\d )-)?(?:\d+(?:\.\d+)?|\.\d+)(?: ?[eE][-+]?\d{1,3})?)"
     r"[ -]?(?P<prefix>(?i:kilo?|mega?|giga?|milli|micro|nano|pico)|[kKMGmuμnp])?"
 )
-_RKM = {"ohm": "RkKM", "F": "pnuμm"}
-"""Letters that stand for the decimal point, as in 4k7, 2R2 or 100n (IEC 60062); R is ohm itself."""
-_UNITS = {"ohm": r"(?i:ohms?)|Omega|Ω", "F": r"F|(?i:farads?)"}
-"""How people write the units of the families."""
+_RKM = {"ohm": "RkKM", "F": "pnuμm", "V": "V", "A": "A"}
+"""Letters that stand for the decimal point, as in 4k7, 2R2, 3V3 or 100n (IEC 60062); R is ohm itself."""
+_UNITS = {"ohm": r"(?i:ohms?)|Omega|Ω", "F": r"F|(?i:farads?)", "H": r"H|(?i:henr(?:y|ies))", "V": r"V|(?i:volts?)"}
+_UNITS |= {"A": r"A|(?i:amp(?:ere)?s?)", "W": r"W|(?i:watts?)", "Hz": r"(?i:hz|hertz)", "s": r"s|(?i:sec(?:ond)?s?)"}
+"""How people write the units that `capability.electronics.values` reads."""
 _END = r"(?= ?(?:[.,;](?!\d)|[)\]<=\n]|$))"
 """What may stand behind a bare number: nothing that could be its unit, an operator or more digits."""
 _CUE = (
@@ -81,13 +82,17 @@ def requests(
     before = {family: examples(lessons, family) for family in {problem.family for problem in problems}}
     rendered = []
     for problem in problems:
+        # Put in behind the template: those of models that think take the reasoning out of earlier turns.
+        solutions = {f"⟦{place}⟧": lesson.solution for place, lesson in enumerate(before[problem.family])}
         turns = []
-        for lesson in before[problem.family]:
+        for mark, lesson in zip(solutions, before[problem.family], strict=True):
             turns.append({"role": "user", "content": lesson.question})
-            turns.append({"role": "assistant", "content": lesson.solution})
+            turns.append({"role": "assistant", "content": mark})
         shown = render(tokenizer, turns) if turns else ""
         turns.append({"role": "user", "content": problem.question})
         prompt = render(tokenizer, turns, begin_answer=True)
+        for mark, solution in solutions.items():
+            shown, prompt = shown.replace(mark, solution), prompt.replace(mark, solution)
         begin, whole = tokenizer([shown, prompt], add_special_tokens=False).input_ids
         # A template may end the last turn in another way than those before it, or a token may reach into the next turn.
         rendered.append(Request(prompt, shared=shown if whole[: len(begin)] == begin else ""))
@@ -103,10 +108,13 @@ def extract(problem: Problem, text: str) -> str:
     """The answer that a reader would take from free text; all of it where none can be told. Never fails."""
     answers = [answer for answer in _ANSWER.findall(text) if answer.strip()]
     said = (answers or [text])[-1].strip()
-    if problem.check["kind"] == "choice":
+    if problem.check.get("kind") == "choice":
         return _candidate([str(name) for name in problem.check["candidates"]], said) or said  # type: ignore[union-attr]
+    unit = str(problem.check.get("unit"))
+    if unit not in _UNITS:
+        return said  # a check of the family's own, which reads it by itself
     plain = _normal_form(said)
-    return _quantity(str(problem.check["unit"]), plain) or plain
+    return _quantity(unit, plain) or plain
 
 
 def chance(problems: Sequence[Problem]) -> dict[str, float]:
@@ -138,9 +146,11 @@ def _quantity(unit: str, text: str) -> str | None:
         rf"(?i:answer)(?: is|[ :=])*{_NUMBER}{_END}",
         rf"= ?{_NUMBER}{_END}",
     )
-    # Without digits behind it only a letter that is hardly an operand's: 100n, but not 5k.
-    code = rf"(?<![\w.^-])(\d{{1,3}})([{_RKM[unit]}])(\d{{1,2}}|(?<=[Rpnuμ]))(?: ?(?:{_UNITS[unit]}))?(?!\w|\.\d)"
-    text = re.sub(code, lambda m: f"{m[1]}.{m[3] or 0} {m[2].replace('R', '')}{unit}", text)
+    if letters := _RKM.get(unit):
+        # Without digits behind it only a letter that is hardly an operand's: 100n, but not 5k.
+        code = rf"(?<![\w.^-])(\d{{1,3}})([{letters}])(\d{{1,2}}|(?<=[Rpnuμ]))(?: ?(?:{_UNITS[unit]}))?(?!\w|\.\d)"
+        own = "R" if unit == "ohm" else unit
+        text = re.sub(code, lambda m: f"{m[1]}.{m[3] or 0} {m[2].removeprefix(own)}{unit}", text)
     found = _last(patterns, text)
     if not found:
         return None

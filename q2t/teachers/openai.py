@@ -21,10 +21,10 @@ from tenacity import (
 
 from q2t.config import Section, Teacher
 from q2t.records import Completion, Json, Problem, content_id
+from q2t.sources import POINTER
 from q2t.teachers.journal import Journal
 from q2t.teachers.keys import completion_key
 
-POINTER = "pointer.json"
 ATTEMPTS = 6
 BACKOFF = wait_random_exponential(multiplier=1, max=60)
 """Seconds between attempts, unless the server names them in Retry-After."""
@@ -37,9 +37,9 @@ LONGEST_LIST = 20
 """Failed answers that an error message names."""
 FINISHED: dict[str, Literal["stop", "length"]] = {
     **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop"),
-    **dict.fromkeys(("length", "max_tokens"), "length"),
+    **dict.fromkeys(("length", "max_tokens", "model_length", "content_filter"), "length"),
 }
-"""What servers say of an answer that ended by itself or was cut; other reasons, a content filter's, leave none."""
+"""What servers say of an answer that ended by itself or was cut, if by a content filter; others leave none."""
 
 
 class Pointer(Section):
@@ -275,7 +275,9 @@ def _attempt(client: httpx.Client, request: dict[str, Any], target: bool) -> dic
     try:
         return said | {key: int(usage[key]) for key in ("prompt_tokens", "completion_tokens")}
     except (ValueError, LookupError, TypeError, OverflowError):  # not asked again: it would cost as much
-        raise Failed(f"usage {str(usage)[:200]} without prompt_tokens and completion_tokens") from None
+        known = isinstance(usage, dict) and usage.keys() & {"prompt_tokens", "completion_tokens", "total_tokens"}
+        message = f"usage {str(usage)[:200]} without prompt_tokens and completion_tokens"
+        raise (Failed if known else Refused)(message) from None
 
 
 def _said(reply: httpx.Response) -> str:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from q2t.capability.electronics import catalog
+from q2t.capability.electronics.calculated import Calculated
 from q2t.capability.electronics.parts import partition
 from q2t.capability.families import FAMILIES, make_families, verify
 from q2t.capability.posing import pose
@@ -179,6 +180,22 @@ def test_splits_share_no_operands_and_no_parts():
 def test_posing_is_a_function_of_the_seed():
     assert pose(MADE, SETTINGS, seed=3) == pose(MADE, SETTINGS, seed=3)
     assert pose(MADE, SETTINGS, seed=3) != pose(MADE, SETTINGS, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("expected", "right", "wrong"), [(-8.0, "-8 V", "8 V"), (0.0, "0 V", "0.001 V"), (5.0, "5", "-5")]
+)
+def test_a_value_may_be_negative_or_nothing(expected, right, wrong):
+    spec = {"kind": "value", "unit": "V", "expected": expected, "tolerance": 0.02}
+    problem = problems(FAMILIES["gain"](), 1)[0].model_copy(update={"check": spec})
+    assert Calculated.verify(problem, right).correct and not Calculated.verify(problem, wrong).correct
+
+
+def test_a_lack_of_held_out_operands_is_told():
+    with pytest.raises(
+        ValueError, match="family 'gain', which has only 12 more with rg = 3900, as one test problem in 6 has"
+    ):
+        pose(make_families(["gain"], PARTS), SETTINGS.model_copy(update={"test": 100}), seed=1)
 
 
 def test_too_many_problems_and_unknown_families_are_named():

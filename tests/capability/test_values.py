@@ -59,6 +59,12 @@ def test_e24_is_that_of_the_standard():
         ("4.7 kilohms", "ohm", 4700),
         ("4.7 kilo-ohms", "ohm", 4700),
         ("2 Megohm", "ohm", 2e6),
+        ("560 ohm.", "ohm", 560),
+        ("4.7 kΩ.", "ohm", 4700),
+        ("10 mH", "H", 0.01),
+        ("1.5 MHz", "Hz", 1.5e6),
+        ("2 ms", "s", 0.002),
+        ("-5 V", "V", -5),
     ],
 )
 def test_what_engineers_write_is_read(text, unit, value):

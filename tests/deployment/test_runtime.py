@@ -1,8 +1,18 @@
 """The runtime against transformers' own generate, and its promises: streams of their own, batches that resume."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    OlmoeConfig,
+)
 
 from q2t.config import Compute, Scratch, Source
 from q2t.deployment.runtime import NUCLEUS, Request, TorchEngine, load, sample
@@ -66,6 +76,48 @@ def test_attention_with_a_cap_on_its_scores_is_refused(folder, tmp_path):
     save_model(Gemma2ForCausalLM(config), load_tokenizer(folder), tmp_path / "gemma2")
     with pytest.raises(ValueError, match="attention has a softcap, which is not computed here"):
         answers(load(tmp_path / "gemma2", COMPUTE), [Request("?")])
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "deepseek_v2", "mistral"])
+def test_other_architectures_answer_as_in_transformers(folder, tmp_path, kind):
+    """An attention that can't be replaced, values of another width than keys, and a sliding window."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(folder)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=4, eos_token_id=tokenizer.eos_token_id, pad_token_id=None)
+    config = {
+        "olmoe": lambda: OlmoeConfig(num_experts=4, num_experts_per_tok=2, **sizes),
+        "deepseek_v2": lambda: DeepseekV2Config(
+            q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
+            first_k_dense_replace=2, n_routed_experts=None, **sizes,
+        ),
+        "mistral": lambda: MistralConfig(sliding_window=24, head_dim=8, **sizes),
+    }[kind]()  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    save_model(model, tokenizer, tmp_path / kind)
+    runtime = load(tmp_path / kind, COMPUTE)
+    shared = tokenizer.apply_chat_template([{"role": "user", "content": QUESTIONS[1]}], tokenize=False)
+    requests = [Request(shared + runtime.prompt(question), shared=shared) for question in QUESTIONS]
+    given = answers(runtime, requests, max_new_tokens=40, batch_size=4)
+    assert given == answers(runtime, [Request(r.prompt) for r in requests], max_new_tokens=40, batch_size=1)
+    for request, answer in zip(requests, given, strict=True):
+        ids = tokenizer(request.prompt, return_tensors="pt", add_special_tokens=False).input_ids
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        assert answer.text == tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_every_declared_end_ends_an_answer(folder, tmp_path):
+    runtime = load(folder, COMPUTE)
+    (whole,) = answers(runtime, [Request("Hi")])
+    shutil.copytree(folder, tmp_path / "two")
+    said = runtime.tokenizer(whole.text, add_special_tokens=False).input_ids
+    stop = said[4]
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings["eos_token_id"] = [settings["eos_token_id"], stop]
+    (tmp_path / "two/generation_config.json").write_text(json.dumps(settings))
+    (cut,) = answers(load(tmp_path / "two", COMPUTE), [Request("Hi")])
+    assert (cut.finish_reason, cut.completion_tokens) == ("stop", said.index(stop) + 1)
+    assert cut.completion_tokens < whole.completion_tokens
 
 
 def test_a_row_samples_from_its_own_stream_whatever_shares_its_batch(folder):

@@ -47,6 +47,13 @@ def test_only_what_is_verified_is_asked_behind_the_system_prompt():
     assert (told.text, open_ended.text) == ("In short: " + PROBLEM.question, PROBLEM.question)
 
 
+def test_a_family_may_verify_by_its_inputs_alone():
+    own = PROBLEM.model_copy(update={"check": {}})
+    right = judge(PROBLEM, PROBLEM.solution, "stop")
+    (found,) = harness.answer(Parrot(), [own], SETTINGS, judge=lambda *_: right, system="In short: ")
+    assert found.correct and found.text.startswith("In short: ")
+
+
 def test_accuracy_is_the_mean_of_the_families_not_of_the_problems():
     rows = [judged("a", True)] * 9 + [judged("a", False)] + [judged("b", False, finish="length")] * 2
     scored = score(rows + [judged("general", None, domain="general")], SETTINGS)

@@ -1,5 +1,6 @@
 """What a reader would take from free text, and the prompts that lead to it."""
 
+import copy
 import random
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from q2t.capability.electronics import catalog
+from q2t.capability.electronics import catalog, values
 from q2t.capability.families import make_families
 from q2t.config import Compute, Evaluate, Scratch, Source
 from q2t.deployment.runtime import load
@@ -128,6 +129,26 @@ def test_a_letter_may_end_the_code():
 )
 def test_such_a_code_of_another_unit_or_within_a_word_is_no_value(text, unit):
     assert lenient.judge(value(unit, 4700), text, "stop").rule == "no_quantity"
+
+
+@pytest.mark.parametrize(
+    ("text", "unit"),
+    [
+        ("So it is 3.3 V.", "V"),
+        ("3V3", "V"),
+        ("3.3 volts", "V"),
+        ("0.0033 kV", "V"),
+        ("= 3300 mA", "A"),
+        ("3.3 amps", "A"),
+    ],
+)
+def test_every_unit_that_the_strict_verifier_reads_is_read(text, unit):
+    assert lenient.judge(value(unit, 3.3), text, "stop").correct
+
+
+def test_a_check_of_a_familys_own_sees_what_was_said():
+    own = problem({"kind": "formula", "expected": "R2/R1"})
+    assert lenient.extract(own, "first R1 <answer> R2/R1 </answer>") == "R2/R1"
 
 
 @pytest.mark.parametrize("text", ["10⁻⁸ F", "10^-8 F", "10^(-8) F", "10^{-8} \\mathrm{F}", "10**-8 F"])
@@ -366,6 +387,24 @@ def test_the_examples_are_earlier_turns_and_the_question_comes_last(runtime):
     assert places == sorted(places)
     assert prompt.count("</answer>") == lenient.SHOTS
     assert prompt.endswith(runtime.prompt(asked.question))
+
+
+def test_templates_that_take_reasoning_out_of_earlier_turns_show_it_here(runtime):
+    tokenizer = copy.deepcopy(runtime.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "message['content'].split('</think>')[-1]"
+    )
+    given = lessons("gain")
+    assert "<think>" not in tokenizer.apply_chat_template(
+        [{"role": "assistant", "content": given[0].solution}], tokenize=False
+    )
+    (ours,) = lenient.requests(tokenizer, given[:1], given)
+    (plain,) = lenient.requests(runtime.tokenizer, given[:1], given)
+    assert ours == plain and ours.prompt.count("<think>") == lenient.SHOTS
+
+
+def test_it_reads_the_units_that_the_verifier_does():
+    assert lenient._UNITS.keys() == values._UNITS.keys()
 
 
 @pytest.mark.parametrize(("width", "shares"), [(1, True), (10**6, False)])

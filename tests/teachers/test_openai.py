@@ -255,6 +255,14 @@ def test_an_answer_in_a_form_that_is_not_known_is_paid_once(
     assert len(server.requests) == 1
 
 
+def test_counts_in_a_form_that_is_not_known_are_paid_once(server: Server, journal: Journal) -> None:
+    body = json.loads(chat("a")[2]) | {"usage": {"input_tokens": 7, "output_tokens": 3}}
+    server.script = lambda request, attempt: (200, {}, json.dumps(body).encode())
+    with pytest.raises(ValueError, match="input_tokens.* without prompt_tokens and completion_tokens"):
+        ask(server, journal, batch_size=1)
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize("usage", [{"total_tokens": 5}, {"prompt_tokens": 3, "completion_tokens": None}])
 def test_an_answer_with_half_a_count_is_paid_once_and_stops_no_other(
     server: Server, journal: Journal, usage: dict[str, Any]
@@ -373,8 +381,10 @@ def test_finish_reasons(server: Server, journal: Journal) -> None:
     assert ask(server, journal, PROBLEMS[:1])[0].finish_reason == "length"
     server.script = lambda request, attempt: chat("an answer", "end_turn")
     assert ask(server, journal, PROBLEMS[2:3])[0].finish_reason == "stop"
-    server.script = lambda request, attempt: chat("", "content_filter")
-    with pytest.raises(ValueError, match="finish_reason 'content_filter'"):
+    server.script = lambda request, attempt: chat("", "content_filter")  # one question stops no run
+    assert ask(server, journal, PROBLEMS[3:4])[0].finish_reason == "length"
+    server.script = lambda request, attempt: chat("", "tool_calls")
+    with pytest.raises(ValueError, match="finish_reason 'tool_calls'"):
         ask(server, journal, PROBLEMS[1:2])
 
 

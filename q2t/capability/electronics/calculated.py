@@ -30,6 +30,5 @@ class Calculated(Family):
         except ValueError:
             return Verdict(correct=False, rule="no_quantity", measured=answer[:80])
         # One part per million on top: the spec itself is rounded to six digits.
-        error = abs(value - spec["expected"]) / spec["expected"]
-        correct = error <= spec["tolerance"] + 1e-6
+        correct = abs(value - spec["expected"]) <= (spec["tolerance"] + 1e-6) * abs(spec["expected"])
         return Verdict(correct=correct, rule="ok" if correct else "wrong_value", measured=value)

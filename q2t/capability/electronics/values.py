@@ -23,7 +23,8 @@ _PLAIN = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹−", "+-0123456789-", 
 _PREFIXES = {"": 0, "p": -12, "n": -9, "u": -6, "µ": -6, "μ": -6, "m": -3, "k": 3, "K": 3, "M": 6, "G": 9, "T": 12}
 _PREFIXES |= {"pico": -12, "nano": -9, "micro": -6, "milli": -3, "kilo": 3, "kil": 3, "mega": 6, "meg": 6, "giga": 9}
 _PREFIX = "|".join(name if len(name) < 2 else f"[{name[0]}{name[0].upper()}]{name[1:]}" for name in _PREFIXES)
-_UNITS = {"ohm": "ohms?|Ω|Ω|R", "F": "F|farads?", "V": "V|volts?", "A": "A|amps?|amperes?"}
+_UNITS = {"ohm": "ohms?|Ω|Ω|R", "F": "F|farads?", "H": "H|henr(?:y|ies)", "V": "V|volts?", "A": "A|amps?|amperes?"}
+_UNITS |= {"W": "W|watts?", "Hz": "Hz|hertz", "s": "s|secs?|seconds?"}
 _QUANTITIES = {
     unit: re.compile(rf"{_NUMBER}\s*(?P<prefix>{_PREFIX})(?:\s*-?(?i:{names}))?") for unit, names in _UNITS.items()
 }
@@ -44,7 +45,7 @@ def parse(text: str, unit: str) -> float:
     Raises:
         ValueError: no single finite quantity of that unit.
     """
-    said = text.strip()
+    said = text.strip().removesuffix(".")
     if coded := _CODES.get(unit):
         said = coded.sub(lambda m: f"{m[1]}.{m[3]}{m[2].replace('R', '')}", said)
     found = _QUANTITIES[unit].fullmatch(said)
