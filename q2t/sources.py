@@ -242,9 +242,10 @@ def render(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, begin_answer: 
         )
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
+        remedy = "Leave out the teacher's `system`, or take" if "system" in roles else "Take"
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path} refuses turns of {roles}: {error}. "
-            "Leave out the teacher's `system`, or take a model whose template has system prompts"
+            f"{remedy} a model whose template has them"
         ) from None
 
 

@@ -30,16 +30,16 @@ class Trimmed(NamedTuple):
     kept: list[int]
     """Student id to teacher id, ascending."""
     to_student: list[int]
-    """Teacher id to student id, or -1 for a token that is gone; as long as the teacher's tokenizer (its model
-    may have more, unused rows)."""
+    """Teacher id to student id, or -1 for a token that is gone; up to the teacher's last token that has a row (its
+    tokenizer may have more, and its model more rows)."""
 
 
 def trim(tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], size: int, rows: int | None = None) -> Trimmed:
     """Cut a BPE tokenizer to at most `size` tokens without re-segmenting the texts.
 
-    Kept are all added tokens, all byte tokens, every token that the texts use, and every token on the way to
-    these by the merges; then, in the order of the merges, further tokens with theirs as long as they fit. Ids
-    keep their relative order. Whatever text the teacher encodes without unknown tokens, the student does too.
+    Kept are all added tokens that have a row, all byte tokens, every token that the texts use, and every token on
+    the way to these by the merges; then, in the order of the merges, further tokens with theirs as long as they fit.
+    Ids keep their relative order. Whatever text the teacher encodes without unknown tokens, the student does too.
 
     Args:
         texts: complete training texts, chat template included; encoded without adding special tokens.
@@ -172,9 +172,10 @@ def _rebuild(
     from transformers import PreTrainedTokenizerFast
 
     model = state["model"]
-    vocabulary = {token: to_student[i] for token, i in model["vocab"].items() if to_student[i] >= 0}
+    student_ids = {teacher: student for teacher, student in enumerate(to_student) if student >= 0}
+    vocabulary = {token: student_ids[i] for token, i in model["vocab"].items() if i in student_ids}
     merges = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= vocabulary.keys()]
-    added = [{**t, "id": to_student[t["id"]]} for t in state["added_tokens"] if t["id"] < len(to_student)]
+    added = [{**token, "id": student_ids[token["id"]]} for token in state["added_tokens"] if token["id"] in student_ids]
     state = {
         **state,
         "model": {**model, "vocab": vocabulary, "merges": merges},

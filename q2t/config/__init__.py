@@ -129,11 +129,18 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _a_model_is_told_one_thing(self) -> "Params":
+        phases = [phase for section in (self.distill, self.prune) for phase in section.in_phases()]
+        asked = {
+            *self.evaluate.models.values(),
+            *self.label.beside,
+            *(p.on_policy.teacher for p in phases if p.on_policy),
+        }
         for name, teacher in self.teachers.items():
-            if teacher.prompts == "questions" and teacher.system != self.told.get(teacher.model, ""):
+            answers = teacher.prompts == "questions" and teacher.model in asked
+            if answers and teacher.system != self.told.get(teacher.model, ""):
                 raise ValueError(
                     f"teachers: {name} and another have {teacher.model!r} answer questions behind different `system` "
-                    "prompts, and evaluate would not know which: give both the same"
+                    "prompts, and where it is asked without a name nobody would know which: give both the same"
                 )
         return self
 

@@ -38,7 +38,9 @@ class BlockLayer(CacheLayerMixin):
         """Append; a prompt attends to itself alone, without the room behind it."""
         if not self.is_initialized:
             self.lazy_initialization(key_states)
-            self.values = value_states.new_zeros(*value_states.shape[:2], 0, value_states.shape[-1])  # DeepSeek's width
+            self.values = value_states.new_zeros(
+                *value_states.shape[:2], 0, value_states.shape[-1]
+            )  # narrower in DeepSeek's models
         start, self.length = self.length, self.length + key_states.shape[-2]
         if (room := self._capacity() - self.keys.shape[-2]) > 0:
             self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, room)) for t in (self.keys, self.values))

@@ -43,7 +43,7 @@ class Answer:
 
 
 class TorchEngine:
-    """A transformers model whose cache is written in place."""
+    """A transformers model; its cache is written in place where its attention can be replaced."""
 
     occupancy = 0.75
     """Finished rows leave the cache when less than this share of its rows run: to copy it costs more than a few."""
@@ -137,7 +137,7 @@ class Runtime:
         self.shares = config.get("sliding_window") is None
         declared = generation.get("eos_token_id")
         ends = declared if isinstance(declared, list) else [declared] if declared is not None else []
-        self.ends = torch.tensor(sorted({self.tokenizer.eos_token_id, *ends}))
+        self.ends = torch.tensor(sorted({self.tokenizer.eos_token_id, *ends} - {None}), dtype=torch.long)
         self.engine = (OnnxEngine if (folder / ONNX_FILE).exists() else TorchEngine)(folder, compute)
 
     def prompt(self, question: str, system: str = "") -> str:

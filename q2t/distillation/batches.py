@@ -112,7 +112,7 @@ def at_once(
         tokens: of the largest micro-batch of the step, its rows as long as the longest.
         held: bytes of the device that are taken.
         checkpointing: activations are computed again for the gradient.
-        logits: bytes a token of those that are whole at once; none where the loss cuts them into chunks.
+        logits: bytes a token of those that are whole at once; 0 where the loss cuts them into chunks.
     """
     if device == "cpu":
         return 1

@@ -47,8 +47,8 @@ _NUMBER = (
     r"[ -]?(?P<prefix>(?i:kilo?|mega?|giga?|milli|micro|nano|pico)|[kKMGmuμnp])?"
 )
 _RKM = {"ohm": "RkKM", "F": "pnuμm", "V": "V", "A": "A"}
-"""Letters that stand for the decimal point, as in 4k7, 2R2, 3V3 or 100n (IEC 60062); R is ohm itself."""
-_UNITS = {"ohm": r"(?i:ohms?)|Omega|Ω", "F": r"F|(?i:farads?)", "H": r"H|(?i:henr(?:y|ies))", "V": r"V|(?i:volts?)"}
+"""Letters that stand for the decimal point: 4k7, 2R2, 100n (IEC 60062), and 3V3; R, V and A are the unit itself."""
+_UNITS = {"ohm": r"(?i:ohms?)|Omega|Ω", "F": r"F|(?i:farads?)", "H": r"H|(?i:henr(?:ys?|ies))", "V": r"V|(?i:volts?)"}
 _UNITS |= {"A": r"A|(?i:amp(?:ere)?s?)", "W": r"W|(?i:watts?)", "Hz": r"(?i:hz|hertz)", "s": r"s|(?i:sec(?:ond)?s?)"}
 """How people write the units that `capability.electronics.values` reads."""
 _END = r"(?= ?(?:[.,;](?!\d)|[)\]<=\n]|$))"

@@ -39,7 +39,7 @@ FINISHED: dict[str, Literal["stop", "length"]] = {
     **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop"),
     **dict.fromkeys(("length", "max_tokens", "model_length", "content_filter"), "length"),
 }
-"""What servers say of an answer that ended by itself or was cut, if by a content filter; others leave none."""
+"""What servers say of an answer that ended by itself or was cut, a content filter's too; others leave none."""
 
 
 class Pointer(Section):

@@ -62,6 +62,8 @@ def test_e24_is_that_of_the_standard():
         ("560 ohm.", "ohm", 560),
         ("4.7 kΩ.", "ohm", 4700),
         ("10 mH", "H", 0.01),
+        ("10 millihenrys", "H", 0.01),
+        ("3V3", "V", 3.3),
         ("1.5 MHz", "Hz", 1.5e6),
         ("2 ms", "s", 0.002),
         ("-5 V", "V", -5),

@@ -46,6 +46,21 @@ def test_the_split_into_micro_batches_changes_nothing(
         torch.testing.assert_close(gradient(network, split, settings, accelerator), whole)
 
 
+def test_a_pass_is_sized_by_the_longest_row_and_by_a_shard(
+    model: Any, rows: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        loop.batches, "at_once", lambda count, tokens, config, device, held, **_: asked.append((tokens, held)) or 1
+    )
+    ordered = sorted(rows(5), key=lambda row: len(row.input_ids))
+    micro_batches = [ordered[:4], ordered[4:]]  # the longest row is in the narrow one
+    for shards in (1, 2):
+        loop._at_once(2, micro_batches, objective.Objective(model()), settings, "cuda", shards)
+    (tokens, held), (_, shard) = asked
+    assert tokens == 4 * len(ordered[-1].input_ids) and shard == held // 2
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_padding_token_that_ends_texts_too_learns_as_any_other(
     run: Any, model: Any, rows: Any, settings: Any, compute: Any, tied: bool, tmp_path: Path

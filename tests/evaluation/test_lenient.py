@@ -404,7 +404,7 @@ def test_templates_that_take_reasoning_out_of_earlier_turns_show_it_here(runtime
 
 
 def test_it_reads_the_units_that_the_verifier_does():
-    assert lenient._UNITS.keys() == values._UNITS.keys()
+    assert lenient._UNITS.keys() == values.UNITS.keys()
 
 
 @pytest.mark.parametrize(("width", "shares"), [(1, True), (10**6, False)])

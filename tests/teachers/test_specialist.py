@@ -76,8 +76,10 @@ def test_micro_batches_in_one_pass_change_no_step(source, whole, tmp_path, monke
         "training_step",
         lambda self, model, inputs, *rest: passes.append(len(inputs["input_ids"])) or loss(self, model, inputs, *rest),
     )
-    monkeypatch.setattr(batches, "at_once", lambda count, *_, **__: count)
+    found = []
+    monkeypatch.setattr(batches, "at_once", lambda count, *_, logits=0: found.append(logits) or count)
     _, curve = run(source, tmp_path)
+    assert found == [12 * len(load_tokenizer(source))]
     assert len(passes) == STEPS and max(passes) == 8
     assert [row["loss"] for row in curve] == pytest.approx([row["loss"] for row in whole["float32"][1]], rel=1e-3)
 

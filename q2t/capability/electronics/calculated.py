@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from q2t.capability.electronics.values import parse
+from q2t.capability.electronics.values import UNITS, parse
 from q2t.capability.family import Family
 from q2t.records import Json, Problem, Verdict
 
@@ -19,6 +19,7 @@ class Calculated(Family):
         raise NotImplementedError
 
     def check(self, inputs: dict[str, Json]) -> dict[str, Json]:
+        assert self.unit in UNITS, f"{self.name}: values.UNITS does not say how {self.unit} is written"
         value = float(f"{self.expected(inputs):.6g}")
         return {"kind": "value", "unit": self.unit, "expected": value, "tolerance": self.tolerance}
 

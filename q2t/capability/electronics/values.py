@@ -23,15 +23,15 @@ _PLAIN = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹−", "+-0123456789-", 
 _PREFIXES = {"": 0, "p": -12, "n": -9, "u": -6, "µ": -6, "μ": -6, "m": -3, "k": 3, "K": 3, "M": 6, "G": 9, "T": 12}
 _PREFIXES |= {"pico": -12, "nano": -9, "micro": -6, "milli": -3, "kilo": 3, "kil": 3, "mega": 6, "meg": 6, "giga": 9}
 _PREFIX = "|".join(name if len(name) < 2 else f"[{name[0]}{name[0].upper()}]{name[1:]}" for name in _PREFIXES)
-_UNITS = {"ohm": "ohms?|Ω|Ω|R", "F": "F|farads?", "H": "H|henr(?:y|ies)", "V": "V|volts?", "A": "A|amps?|amperes?"}
-_UNITS |= {"W": "W|watts?", "Hz": "Hz|hertz", "s": "s|secs?|seconds?"}
+UNITS = {"ohm": "ohms?|Ω|Ω|R", "F": "F|farads?", "H": "H|henr(?:ys?|ies)", "V": "V|volts?", "A": "A|amps?|amperes?"}
+UNITS |= {"W": "W|watts?", "Hz": "Hz|hertz", "s": "s|secs?|seconds?"}
 _QUANTITIES = {
-    unit: re.compile(rf"{_NUMBER}\s*(?P<prefix>{_PREFIX})(?:\s*-?(?i:{names}))?") for unit, names in _UNITS.items()
+    unit: re.compile(rf"{_NUMBER}\s*(?P<prefix>{_PREFIX})(?:\s*-?(?i:{names}))?") for unit, names in UNITS.items()
 }
 """A number, an SI prefix and a unit, in small or capital letters, any of the last two left out."""
 _CODES = {
     unit: re.compile(rf"^(\d{{1,3}})([{letters}])(\d{{1,2}})(?![\d.])")
-    for unit, letters in {"ohm": "RkKMG", "F": "pnuµμm"}.items()
+    for unit, letters in {"ohm": "RkKMG", "F": "pnuµμm", "V": "V", "A": "A"}.items()
 }
 """Where a letter stands for the decimal point, as in 4k7, 2R2 and 3n3 (IEC 60062)."""
 
@@ -47,7 +47,7 @@ def parse(text: str, unit: str) -> float:
     """
     said = text.strip().removesuffix(".")
     if coded := _CODES.get(unit):
-        said = coded.sub(lambda m: f"{m[1]}.{m[3]}{m[2].replace('R', '')}", said)
+        said = coded.sub(lambda m: f"{m[1]}.{m[3]}{m[2].removeprefix('R' if unit == 'ohm' else unit)}", said)
     found = _QUANTITIES[unit].fullmatch(said)
     if not found:
         raise ValueError(f"{text!r} is no quantity in {unit}; write e.g. '4.7k {unit}'")
