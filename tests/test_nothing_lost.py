@@ -17,7 +17,7 @@ from smoke import Stages, copy
 
 from q2t.stage import DONE, checkpoints, run
 
-KILLS = {"specialize": 2, "generate@expert": 4, "distill": 5, "prune": 5, "export": 4}
+KILLS = {"specialize": 1, "generate@expert": 5, "distill": 5, "prune": 5, "export": 4}
 """The specialist takes longest; tests/teachers/test_specialist.py stops it at eight more moments."""
 UPSTREAM = (
     "fetch@tiny pose specialize generate@expert generate@base filter initialize label distill prune export".split()

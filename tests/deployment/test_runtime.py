@@ -168,7 +168,7 @@ def test_answers_do_not_depend_on_when_finished_rows_leave_the_cache(folder, row
     steps = list(runtime._steps(requests, 24, 1.0, 1.0))
     # The token that ends the rows at the most different steps.
     end = max(range(len(runtime.tokenizer)), key=lambda token: len(first_steps(steps, token)))
-    runtime.tokenizer.eos_token = runtime.tokenizer.convert_ids_to_tokens(end)
+    runtime.ends = torch.tensor([end])
     found, batches = [], []
     for occupancy in (0.0, 0.75, 1.0):
         rows.clear()
