@@ -27,8 +27,8 @@ from q2t.readme import fill
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = json.loads((ROOT / "benchmarks/results/gpu.json").read_text(encoding="utf-8"))
-PEAK, BANDWIDTH = MEASURED["runs"]["matmul"]["peak"] * 1e12, 4.8e12
-"""Of an H200: bf16 operations a second, measured, and bytes a second, as its data sheet says."""
+PEAK, BANDWIDTH = MEASURED["runs"]["matmul"]["peak"] * 1e12, 3.35e12
+"""Of an H100: bf16 operations a second, measured, and bytes a second, as its data sheet says."""
 STATE = 16
 """Bytes a parameter: weight, gradient and two moments in float32."""
 PROMPT = 128
