@@ -74,7 +74,8 @@ def gathered(student: Any) -> Any:
     """A student without shards, in the memory of the CPU, that computes the same."""
     from accelerate import init_empty_weights
 
-    weights = {name: nn.Parameter(whole(p.detach()).cpu()) for name, p in student.named_parameters()}
+    # Copies, since what is put together of uneven shards is a view of something larger, which no file is made of.
+    weights = {name: nn.Parameter(whole(p.detach()).to("cpu", copy=True)) for name, p in student.named_parameters()}
     with init_empty_weights():
         plain = type(student)(student.config)
     plain.load_state_dict(weights, strict=False, assign=True)  # tied weights are there once

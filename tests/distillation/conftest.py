@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from q2t.config import Compute, Distill
+from q2t.config import Compute, Distill, Online
 from q2t.distillation import loop, weighting
 from q2t.distillation.objective import Objective
-from q2t.distillation.rows import Row
+from q2t.distillation.online import OnlineTeacher
+from q2t.distillation.rows import Row, encode
 from q2t.records import Example
 
-VOCABULARY = 300
+VOCABULARY, BYTES = 300, 259
+"""Tokens of the random rows, and of the tokenizer."""
 
 
 def tiny_model(seed: int = 0, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32) -> Any:
@@ -71,6 +73,14 @@ def make_examples(count: int) -> list[Example]:
         )
         for i in range(count)
     ]
+
+
+def teacher_beside(folder: Path, asked: dict[str, Any], settings: Distill, compute: Compute) -> tuple[Any, ...]:
+    """Settings that ask for the teacher in `folder`, a student and rows that fit it, and the teacher itself."""
+    given, ours, student = make_examples(20), byte_tokenizer(), tiny_model(0, BYTES)
+    online, rows = Online(teacher=str(folder), **asked), encode(ours, given)
+    teacher = OnlineTeacher(online, student, ours, rows, given, seed=3, compute=compute)
+    return settings.model_copy(update={"online": online}), student, rows, teacher
 
 
 def make_rows(count: int, k: int = 4, seed: int = 0, unlabelled_every: int = 0) -> list[Row]:

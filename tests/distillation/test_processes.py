@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import teacher_beside
 from safetensors.torch import load_model
 
 from q2t.config import Adapter, OnPolicy, Phase
 from q2t.distillation import loop, sharding
+from q2t.sources import save_model
 
 ON_POLICY = OnPolicy(teacher="models/teacher", max_new_tokens=8, batch_size=4, top_k=4)
 ROWS = 20
@@ -22,7 +24,7 @@ CHILD = f"""
 import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from conftest import SETTINGS, make_rows, tiny_model, weights
+from conftest import SETTINGS, make_rows, teacher_beside, tiny_model, weights
 from q2t.config import Compute
 from q2t.distillation import checkpoint, loop, sharding
 folder, at, more = Path(sys.argv[1]), int(sys.argv[3]), json.loads(sys.argv[4])
@@ -36,9 +38,12 @@ def dying(checkpoints, step, objective, *rest, write):
     if step == at and write:
         os.kill(os.getpid(), {int(signal.SIGKILL)})
 checkpoint.save = dying
+compute = Compute(threads=1, dtype="float32", device="cpu")
+model, rows, teacher, asked = tiny_model(), make_rows({ROWS}, unlabelled_every=5), None, more.pop("online", None)
 settings = SETTINGS.model_copy(update={{"batch_size": 8, **more}})
-model = loop.train(tiny_model(), make_rows({ROWS}, unlabelled_every=5), settings,
-    seed=3, compute=Compute(threads=1, dtype="float32", device="cpu"),
+if asked:
+    settings, model, rows, teacher = teacher_beside(folder.parent / "teacher", asked, settings, compute)
+model = loop.train(model, rows, settings, seed=3, compute=compute, teacher=teacher,
     checkpoints=folder / "checkpoints", curve=folder / "curve.csv", save_every=2)
 assert loop.torch.distributed.get_world_size() == 2
 weights(model, folder / f"model-{{os.environ['RANK']}}")
@@ -165,6 +170,37 @@ def test_shards_learn_what_whole_weights_learn(
         curve=folders[1] / "curve.csv",
     )
     assert curve(folders[0]) == [pytest.approx(line, rel=1e-4) for line in curve(folders[1])]
+
+
+@pytest.mark.parametrize(
+    "sharded, asked",
+    [
+        (False, {"hidden": [[0, 0], [2, 2]], "logits": True}),
+        (True, {"spans": "matched"}),  # with layers that run twice, as profile r1-gemma has it
+    ],
+)
+def test_a_teacher_beside_says_the_same_to_two_processes(
+    sharded: bool, asked: Any, model: Any, tokenizer: Any, settings: Any, compute: Any, tmp_path: Path
+) -> None:
+    specials = [("<|im_start|>", "<|endoftext|>", "<|im_end|>")] if "spans" in asked else []
+    save_model(model(5, 259), tokenizer(*specials), tmp_path / "teacher")
+    changes = {"batch_size": 8, "gradient_checkpointing": sharded}
+    folders = [tmp_path / name for name in ("both", "killed", "alone")]
+    for folder in folders:
+        folder.mkdir()
+    succeed(folders[0], sharded=sharded, online=asked, **changes)
+    assert launch(folders[1], die_at=4, sharded=sharded, online=asked, **changes).returncode != 0
+    succeed(folders[1], sharded=sharded, online=asked, **changes)
+    for name in ("curve.csv", "model-0", "model-1"):
+        assert (folders[1] / name).read_bytes() == (folders[0] / name).read_bytes()
+    settings, student, rows, teacher = teacher_beside(
+        tmp_path / "teacher", asked, settings.model_copy(update=changes), compute
+    )
+    places = {"checkpoints": folders[2] / "checkpoints", "curve": folders[2] / "curve.csv"}
+    loop.train(student, rows, settings, seed=3, compute=compute, teacher=teacher, **places)
+    alone, both = curve(folders[2]), curve(folders[0])
+    assert len(alone) == 6
+    assert both == [pytest.approx(line, rel=1e-4, abs=1e-7) for line in alone]
 
 
 @pytest.mark.parametrize(
