@@ -165,12 +165,28 @@ def test_two_runs_give_equal_bytes_and_learn(
     first = run(model, rows, settings, compute, tmp_path / "a", every)
     assert first == run(model, rows, settings, compute, tmp_path / "b", every, save_every=1000)
     lines = [line.split(",") for line in first[1].decode().splitlines()]
-    assert lines[0] == [*loop.CURVE, *(loop.MOVING if {"spike_factor", "balance", "curriculum"} & {*changes} else ())]
+    assert lines[0] == [*loop.CURVE, *loop.MOVING], "these rows have weights"
     assert [line[0] for line in lines[1:]] == [str(i + 1) for i in range(12)]
     # Easy rows weigh more the better they are learnt, so only the terms before weighting tell.
     columns = (1,) if settings.curriculum >= 0 else (2, 3)
     losses = [sum(float(line[column]) for column in columns) for line in lines[1:]]
     assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_the_curve_has_weighted_terms_where_alpha_does_not_tell_them(
+    run: Any, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+) -> None:
+    def alike(count: int, **_: Any) -> list[Any]:
+        return [replace(row, weight=1.0) for row in rows(count)]
+
+    _, plain = run(model, alike, settings, compute, tmp_path / "plain")
+    columns, *lines = (line.split(",") for line in plain.decode().splitlines())
+    assert columns == [*loop.CURVE]
+    for _, loss, task, kl, *_ in lines:
+        told = (1 - settings.alpha) * float(task) + settings.alpha * float(kl)
+        assert float(loss) == pytest.approx(told, rel=1e-6)
+    _, moving = run(model, alike, settings.model_copy(update={"reasoning": 0.1}), compute, tmp_path / "moving")
+    assert moving.decode().splitlines()[0].split(",") == [*loop.CURVE, *loop.MOVING]
 
 
 @pytest.mark.parametrize("killed_at", [0, 3, 4, 8, 11])

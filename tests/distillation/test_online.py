@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from q2t.config import Online
+from q2t.config import Adapter, Online
 from q2t.distillation import loop, objective, online
 from q2t.distillation.batches import Batch, collate
 from q2t.distillation.objective import Objective
@@ -21,6 +21,7 @@ BYTES = 259
 """Tokens of the student's tokenizer; some networks here have rows beyond them, as a teacher's head may."""
 ORDER = ("<|im_start|>", "<|endoftext|>", "<|im_end|>")
 """Of special tokens, other than the student's: all bytes keep their ids, these don't."""
+LORA = Adapter(kind="lora", modules=["q_proj", "v_proj", "down_proj"])
 KINDS = pytest.mark.parametrize(
     "given", [FEATURES, {"spans": "matched"}, {"spans": "uld"}], ids=["features", "matched", "uld"]
 )
@@ -108,9 +109,11 @@ def test_each_layer_learns_from_its_own_of_the_teacher(beside: Any, settings: An
 
 
 @pytest.mark.parametrize("given", [FEATURES, {"spans": "matched"}, {"spans": "uld"}, {"logits": True} | FEATURES])
+@pytest.mark.parametrize("changes", [{}, {"curriculum": 1.0, "reasoning": 0.3, "teacher_only": ["general"]}])
 def test_the_split_into_micro_batches_changes_nothing(
-    beside: Any, given: Any, tokenizer: Any, settings: Any, accelerator: Any
+    beside: Any, given: Any, changes: Any, tokenizer: Any, settings: Any, accelerator: Any
 ) -> None:
+    settings = settings.model_copy(update=changes)
     student = network(0, vocabulary=BYTES if "logits" in given else 300, hidden_size=16)
     teacher, rows = beside(network(1), student, tokenizer(ORDER) if "spans" in given else None, **given)
     whole = gradients(student, teacher, [rows], settings, accelerator)
@@ -220,28 +223,34 @@ def test_its_whole_distribution_takes_the_place_of_stored_labels(beside: Any, se
     teacher, rows = beside(network(1, vocabulary=BYTES), network(0, vocabulary=BYTES), logits=True)
     same, _ = gradients(network(1, vocabulary=BYTES), teacher, [rows], settings, accelerator)
     assert same.distillation == pytest.approx(0, abs=1e-9) and same.cross_entropy > 1
-    other, student = network(0, vocabulary=BYTES), network(0, vocabulary=BYTES)
-    losses, _ = gradients(student, teacher, [rows], settings, accelerator)
-    task = distilled = tokens = 0.0
-    with torch.no_grad():
-        for row in rows:
-            ids = torch.tensor(row.input_ids[None]).long()
-            q, p = (
-                (model(ids).logits[0, row.prompt_length - 1 : -1] / 2.0).log_softmax(1)
-                for model in (other, network(1, vocabulary=BYTES))
-            )
-            kl = 4.0 * float((p.exp() * (p - q)).sum())
-            distilled, task = (
-                distilled + 0.7 * row.weight * kl,
-                task
-                + 0.3
-                * row.weight
-                * float(torch.nn.functional.cross_entropy(2.0 * q, ids[0, row.prompt_length :], reduction="sum")),
-            )
-            tokens += row.completion_tokens
-    assert losses.weighted_distillation == pytest.approx(distilled / tokens)
-    assert losses.weighted_cross_entropy == pytest.approx(task / tokens)
-    assert losses.total == pytest.approx((distilled + task) / tokens)
+    for changes in ({}, {"curriculum": 1.0}, {"reasoning": 0.3}, {"teacher_only": ["general"]}):
+        changed = settings.model_copy(update=changes)
+        losses, _ = gradients(network(0, vocabulary=BYTES), teacher, [rows], changed, accelerator)
+        task, distilled = by_definition(rows, changed)
+        assert losses.weighted_distillation == pytest.approx(distilled)
+        assert losses.weighted_cross_entropy == pytest.approx(task)
+        assert losses.total == pytest.approx(distilled + task)
+
+
+def by_definition(rows: list[Any], settings: Any) -> tuple[float, float]:
+    """Weighted cross-entropy and T² KL of these networks, in nats a token."""
+    task = distilled = 0.0
+    temperature, models = settings.temperature, [network(seed, vocabulary=BYTES) for seed in (0, 1)]
+    for row in rows:
+        ids = torch.tensor(row.input_ids[None]).long()
+        with torch.no_grad():
+            student, teacher = (model(ids).logits[0, row.prompt_length - 1 : -1] for model in models)
+        ce = torch.nn.functional.cross_entropy(student, ids[0, row.prompt_length :], reduction="none")
+        q, p = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
+        kl = temperature**2 * (p.exp() * (p - q)).sum(1)
+        weight = torch.full_like(ce, row.weight)
+        weight[: row.answer_start] *= settings.reasoning
+        weight *= (1 - float((-ce.mean()).exp())) ** settings.curriculum
+        alpha = 1.0 if row.domain in settings.teacher_only else settings.alpha
+        task += (1 - alpha) * float(weight @ ce)
+        distilled += alpha * float(weight @ kl)
+    tokens = sum(row.completion_tokens for row in rows)
+    return task / tokens, distilled / tokens
 
 
 def test_its_distribution_teaches_no_prompt_and_no_padding(
@@ -368,9 +377,10 @@ def test_qwen3_teaches_gemma3_in_tokens_of_its_own(spans: str, dtype: str, compu
     assert 0 < values[-1] < 0.9 * values[0]
 
 
-@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize("logits, adapter", [(False, None), (True, None), (True, LORA)], ids=["", "logits", "adapter"])
 def test_a_run_with_projections_resumes_to_the_same_bytes_and_learns(
     logits: bool,
+    adapter: Any,
     beside: Any,
     run: Any,
     settings: Any,
@@ -383,6 +393,7 @@ def test_a_run_with_projections_resumes_to_the_same_bytes_and_learns(
         student = network(0, torch.float32, BYTES, hidden_size=16)
         teacher, rows = beside(network(1, torch.float32), student, logits=logits, **FEATURES)
         given = settings.model_copy(update={"online": teacher.settings, "epochs": 12, "schedule": "constant"})
+        given = given.model_copy(update={"adapter": adapter, "balance": adapter is not None})
         more = {"teacher": teacher, "save_every": save_every}
         return run(lambda: student, lambda *_, **__: rows, given, compute, tmp_path / folder, **more)
 
@@ -394,10 +405,10 @@ def test_a_run_with_projections_resumes_to_the_same_bytes_and_learns(
     monkeypatch.setattr(loop, "accumulate", accumulate)
     assert train("killed") == whole
     lines = [line.split(",") for line in whole[1].decode().splitlines()]
-    assert lines[0] == [*loop.CURVE, *loop.ONLINE]
+    assert lines[0] == [*loop.CURVE, *loop.MOVING, *loop.ONLINE]
     for column in ("hidden", "attention", *["kl"] * logits):
         values = [float(line[lines[0].index(column)]) for line in lines[1:]]
-        assert sum(values[-4:]) < 0.8 * sum(values[:4])
+        assert sum(values[-4:]) < (0.9 if adapter else 0.8) * sum(values[:4])
 
 
 def test_what_does_not_fit_is_refused_at_the_beginning(
