@@ -45,6 +45,7 @@ def track(arguments: argparse.Namespace) -> None:
 def measure(arguments: argparse.Namespace) -> None:
     from q2t.evaluation import cost
     from q2t.records import write_json
+    from q2t.report import publish, template
     from q2t.tracking import log_timings
 
     models = cost.measure(Path("."))
@@ -52,7 +53,9 @@ def measure(arguments: argparse.Namespace) -> None:
     stages = log_timings(models)
     if stages:
         print(f"\n{table(stages)}")
-    write_json(cost.TIMINGS, {"machine": cost.machine(), "models": models, "stages": stages})
+    timings = {"machine": cost.machine(), "models": models, "stages": stages}
+    write_json(cost.TIMINGS, timings)
+    publish(cost.TIMINGS.with_suffix(".html"), template("timings.html.j2").render(timings))
 
 
 def knowledge(model: str, summary: Path = Path("reports/summary.json")) -> dict[str, Any]:

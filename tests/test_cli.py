@@ -261,8 +261,14 @@ def test_track_prints_the_run(monkeypatch, capsys):
 
 
 def test_measure_shows_cost_beside_what_is_known_and_logs_it(here, monkeypatch, capsys):
-    rows = [{"model": "teacher", "tokens_per_second": 28.4321}, {"model": "new", "tokens_per_second": 101.26}]
-    stages = [{"stage": "distill", "minutes": 7.84, "peak_memory_mb": 4203.7}]
+    rows = [
+        {"model": "teacher", "tokens_per_second": 28.4321, "first_token_ms": 180.5, "peak_memory_mb": 1096.6},
+        {"model": "<new>", "tokens_per_second": 101.26, "first_token_ms": 40.2, "peak_memory_mb": 697.4},
+    ]
+    stages = [
+        {"stage": "distill", "minutes": 7.84, "peak_memory_mb": 4203.7},
+        {"stage": "prune", "minutes": 5.1, "peak_memory_mb": 2790.9},
+    ]
     logged: list = []
     monkeypatch.setattr("q2t.evaluation.cost.measure", lambda root: rows)
     monkeypatch.setattr("q2t.tracking.log_timings", lambda models: logged.extend(models) or stages)
@@ -277,17 +283,29 @@ def test_measure_shows_cost_beside_what_is_known_and_logs_it(here, monkeypatch, 
     Path("reports/summary.json").write_text(json.dumps({"teacher": known}))
     assert cli.main(["measure"]) == 0
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["model", "accuracy", "retention", "parameters", "megabytes", "tokens_per_second"],
-        ["teacher", "0.612", "1", "134,515,008", "538.1", "28.4"],
-        ["new", "101.3"],
+        [
+            "model",
+            "accuracy",
+            "retention",
+            "parameters",
+            "megabytes",
+            *("tokens_per_second", "first_token_ms", "peak_memory_mb"),
+        ],
+        ["teacher", "0.612", "1", "134,515,008", "538.1", "28.4", "180.5", "1096.6"],
+        ["<new>", "101.3", "40.2", "697.4"],
         [],
         ["stage", "minutes", "peak_memory_mb"],
         ["distill", "7.84", "4203.7"],
+        ["prune", "5.1", "2790.9"],
     ]
     assert logged == rows
     written = json.loads(Path("reports/timings.json").read_text())
     assert re.fullmatch(r"\d+ cores of .+ \(.+\).*, torch .+", written.pop("machine"))
     assert written == {"models": rows, "stages": stages}
+    page = re.sub(r"<[^>]+>", " ", Path("reports/timings.html").read_text())
+    told = [line.split() for line in page.splitlines()]
+    assert ["distill", "7.8", "4.2", "GB"] in told and ["together", "12.9", "4.2", "GB"] in told
+    assert ["&lt;new&gt;", "101", "40", "ms", "697", "MB"] in told
 
 
 def test_ask_streams_the_answer(tmp_path, monkeypatch, capsys):

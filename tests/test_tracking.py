@@ -393,7 +393,8 @@ def test_track_without_its_server_is_one_line(project, unreachable):
 
 def test_measure_without_its_server_warns_and_prints_still(project, unreachable, monkeypatch, capsys, caplog):
     monkeypatch.chdir(project)
-    monkeypatch.setattr("q2t.evaluation.cost.measure", lambda root: [{"model": "student", "tokens_per_second": 80.5}])
+    measured = {"model": "student", "tokens_per_second": 80.5, "first_token_ms": 40.2, "peak_memory_mb": 697.4}
+    monkeypatch.setattr("q2t.evaluation.cost.measure", lambda root: [measured])
     began = time.monotonic()
     assert cli.main(["measure"]) == 0
     assert time.monotonic() - began < 60  # MLflow's own retries would take minutes
