@@ -317,8 +317,8 @@ def main() -> None:
     for name in ("matmul", *OURS, *LOSSES, *TRL):
         runs[name] = in_a_process(name)
         print(name, runs[name], file=sys.stderr, flush=True)
-    settings = {"epochs": EPOCHS, "top_k": TOP_K, "rows": ROWS, "shapes": SHAPES, "trl": TRL, "loss": LOSS | WIDTHS}
-    settings |= {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")}
+    settings = {"epochs": EPOCHS, "top_k": TOP_K, "rows": ROWS, "shapes": SHAPES, "loss": LOSS | WIDTHS}
+    settings |= {"trl_setups": TRL} | {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")}
     results = {"settings": settings, **figures(runs), "runs": runs}
     write_json(given.output, results)
     if given.output == parser.get_default("output"):  # the document shows that one

@@ -165,13 +165,8 @@ def table(rows: list[Step], price: float) -> str:
     return "\n".join([*lines, f"| together | | {sum(r.hours for r in rows):.2f} | | {total:,.0f} $ |"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, default=1024, help="tokens of an answer")
-    parser.add_argument("--kept", type=float, default=0.5, help="share of the answers that are learnt from")
-    parser.add_argument("--gpus", type=int, default=8, help="that share distill and prune")
-    parser.add_argument("--price", type=float, default=3.0, help="dollars a GPU hour")
-    given = parser.parse_args()
+def section(length: int = 1024, kept: float = 0.5, gpus: int = 8, price: float = 3.0) -> str:
+    """What docs/distillation.md says of it."""
     share = MEASURED["share_of_peak_gemma3_4b"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "params.yaml"
@@ -179,15 +174,24 @@ def main() -> None:
         profile.apply("r1-gemma", path)
         params = load(path)
     with torch.device("meta"):
-        rows = steps(params, given.length, given.kept, given.gpus, share)
+        rows = steps(params, length, kept, gpus, share)
         sizes = [f"{model.parameters / 1e9:.2f}" for model in (r1(), gemma())]
     said = (
-        f"The teacher has {sizes[0]} billion parameters, gemma {sizes[1]}. Answers of {given.length:,} tokens, "
-        f"{given.kept:.0%} of them kept, {given.gpus} devices for distill and prune and one for the rest, "
-        f"{given.price:.2f} $ an hour, {share:.0%} of the peak. A batch lasts as long as its longest answer, taken as "
+        f"The teacher has {sizes[0]} billion parameters, gemma {sizes[1]}. Answers of {length:,} tokens, "
+        f"{kept:.0%} of them kept, {gpus} devices for distill and prune and one for the rest, "
+        f"{price:.2f} $ an hour, {share:.0%} of the peak. A batch lasts as long as its longest answer, taken as "
         "max_new_tokens; the general prompts, `label` and the other models of `evaluate` come on top:"
     )
-    fill(ROOT / "docs/distillation.md", "reference", f"{said}\n\n{table(rows, given.price)}")
+    return f"{said}\n\n{table(rows, price)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--length", type=int, default=1024, help="tokens of an answer")
+    parser.add_argument("--kept", type=float, default=0.5, help="share of the answers that are learnt from")
+    parser.add_argument("--gpus", type=int, default=8, help="that share distill and prune")
+    parser.add_argument("--price", type=float, default=3.0, help="dollars a GPU hour")
+    fill(ROOT / "docs/distillation.md", "reference", section(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":

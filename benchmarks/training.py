@@ -333,7 +333,7 @@ def main() -> None:
     }
     settings |= {"threads": os.environ.get("OMP_NUM_THREADS", "default"), "rows": given.rows, "batch_size": BATCH}
     settings |= {"epochs": EPOCHS, "steps_timed": given.rows // BATCH, "rounds": given.rounds, **TRAINING}
-    settings |= {"labelled_rows": LABELLED, "top_k": TOP_K, "loss": LOSS | WIDTHS, "trl": TRL}
+    settings |= {"labelled_rows": LABELLED, "top_k": TOP_K, "loss": LOSS | WIDTHS, "trl_setups": TRL}
     settings |= {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")}
     results = {"settings": settings, **figures, "runs": runs}
     write_json(given.output, results)

@@ -172,14 +172,15 @@ def test_the_spread_is_told_once_all_its_seeds_were_run(tmp_path):
     ]
 
 
-def test_methods_stand_below_the_two_that_are_controls(tmp_path):
-    write(tmp_path, "controls", default=0.5, seed_8=0.6, cross_entropy_only=0.45)
+def test_methods_stand_below_the_controls_that_they_are_compared_with(tmp_path):
+    write(tmp_path, "controls", default=0.5, from_the_base=0.1, seed_8=0.6, cross_entropy_only=0.45)
     assert [line.split(" | ")[0] for line in ablation.methods(tmp_path).splitlines()[2:]] == [
         "| cross-entropy only",
         "| default",
+        "| seed 8",
     ]
     write(tmp_path, "methods", reverse_KL=0.55, LoRA=0.3)
-    assert [line.split(" | ")[0] for line in ablation.methods(tmp_path).splitlines()[4:]] == ["| reverse KL", "| LoRA"]
+    assert [line.split(" | ")[0] for line in ablation.methods(tmp_path).splitlines()[5:]] == ["| reverse KL", "| LoRA"]
 
 
 def test_sizes_stand_below_the_quickstarts_own_models(tmp_path):

@@ -73,3 +73,9 @@ def test_documents_show_the_committed_benchmarks(benchmark, render, results, doc
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     found = json.loads((ROOT / f"benchmarks/results/{results}.json").read_text())
     assert getattr(import_module(benchmark), render)(found).strip() in (ROOT / document).read_text()
+
+
+def test_the_document_shows_what_the_reference_case_needs_now(monkeypatch):
+    """Computed from the profile and from what the GPU gave: nothing is stored in between."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    assert import_module("reference").section() in (ROOT / "docs/distillation.md").read_text()
