@@ -64,8 +64,8 @@ def train(
         curve: the CSV, one line per step: `loss` is what is minimised, the other two are before weighting
             (`kl` is whichever divergence was chosen), all in nats per completion token of the step; the
             gradient's norm is before clipping. MOVING follows where what counts is more than alpha (phases,
-            balance, curriculum, reasoning, teacher_only, weights of rows) or a step may be skipped
-            (spike_factor), ONLINE where there is a teacher beside, SPARSE with a penalty.
+            balance, curriculum, reasoning, teacher_only, weights of rows, rows without labels) or a step may
+            be skipped (spike_factor), ONLINE where there is a teacher beside, SPARSE with a penalty.
         teacher: of `settings.online`.
         sampler: for phases with `on_policy`.
         save_every: steps between checkpoints.
@@ -160,7 +160,7 @@ def train(
     model.gradient_checkpointing_disable()
     model.set_attn_implementation(attention)
     if accelerator.is_main_process:
-        _write_curve(curve, settings, lines, weighted=any(row.weight != 1 for row in rows))
+        _write_curve(curve, settings, rows, lines)
     accelerator.wait_for_everyone()
     return model.eval()
 
@@ -295,9 +295,11 @@ def _line(
     return {key: f"{value:.9g}" for key, value in numbers.items()} | {key: str(n) for key, n in counts.items()}
 
 
-def _write_curve(curve: Path, settings: Distill, lines: Sequence[checkpoint.Line], *, weighted: bool) -> None:
+def _write_curve(curve: Path, settings: Distill, rows: Sequence[Row], lines: Sequence[checkpoint.Line]) -> None:
     asked = settings.phases, settings.spike_factor, settings.balance, settings.curriculum, settings.teacher_only
-    moving = weighted or any(asked) or settings.reasoning != 1
+    labelled = settings.alpha == 0 or (settings.online and settings.online.logits)
+    uneven = any(row.weight != 1 or not (labelled or len(row.top_ids)) for row in rows)
+    moving = uneven or any(asked) or settings.reasoning != 1
     sparse = any(phase.sparsity for phase in settings.in_phases())
     columns = [*CURVE, *(MOVING if moving else ()), *(ONLINE if settings.online else ()), *(SPARSE if sparse else ())]
     table = [columns, *([line[column] for column in columns] for line in lines)]

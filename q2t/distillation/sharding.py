@@ -74,7 +74,7 @@ def gathered(student: Any) -> Any:
     """A student without shards, in the memory of the CPU, that computes the same."""
     from accelerate import init_empty_weights
 
-    # Copies, since what is put together of uneven shards is a view of something larger, which no file is made of.
+    # Copies, since what is put together of uneven shards is a view of a larger storage, which safetensors refuses.
     weights = {name: nn.Parameter(whole(p.detach()).to("cpu", copy=True)) for name, p in student.named_parameters()}
     with init_empty_weights():
         plain = type(student)(student.config)

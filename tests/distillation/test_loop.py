@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from q2t.config import Phase
 from q2t.distillation import loop, objective
 from q2t.distillation.batches import collate
 
@@ -173,20 +174,34 @@ def test_two_runs_give_equal_bytes_and_learn(
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_the_curve_has_weighted_terms_where_alpha_does_not_tell_them(
-    run: Any, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
-) -> None:
-    def alike(count: int, **_: Any) -> list[Any]:
-        return [replace(row, weight=1.0) for row in rows(count)]
+ALPHA_TELLS: dict[str, dict[str, Any]] = {"default": {}, "cosine": {"schedule": "cosine"}}
+MORE_COUNTS = {
+    "spikes": {"spike_factor": 20.0},
+    "balance": {"balance": True},
+    "curriculum": {"curriculum": 1.0},
+    "reasoning": {"reasoning": 0.1},
+    "teacher only": {"teacher_only": ["target"]},
+    "weights": {},
+    "without labels": {},
+    "phases": {"phases": [Phase(), Phase(epochs=1)]},
+}
 
-    _, plain = run(model, alike, settings, compute, tmp_path / "plain")
-    columns, *lines = (line.split(",") for line in plain.decode().splitlines())
-    assert columns == [*loop.CURVE]
-    for _, loss, task, kl, *_ in lines:
-        told = (1 - settings.alpha) * float(task) + settings.alpha * float(kl)
-        assert float(loss) == pytest.approx(told, rel=1e-6)
-    _, moving = run(model, alike, settings.model_copy(update={"reasoning": 0.1}), compute, tmp_path / "moving")
-    assert moving.decode().splitlines()[0].split(",") == [*loop.CURVE, *loop.MOVING]
+
+@pytest.mark.parametrize("name", [*ALPHA_TELLS, *MORE_COUNTS])
+def test_the_curve_has_weighted_terms_where_alpha_does_not_tell_them(
+    name: str, run: Any, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+) -> None:
+    def given(count: int, **_: Any) -> list[Any]:
+        chosen = rows(8, unlabelled_every=4 if name == "without labels" else 0)
+        return chosen if name == "weights" else [replace(row, weight=1.0) for row in chosen]
+
+    changes = (ALPHA_TELLS | MORE_COUNTS)[name]
+    _, text = run(model, given, settings.model_copy(update=changes), compute, tmp_path)
+    columns, *lines = (line.split(",") for line in text.decode().splitlines())
+    assert columns == [*loop.CURVE, *(loop.MOVING if name in MORE_COUNTS else ())]
+    told = [(1 - settings.alpha) * float(task) + settings.alpha * float(kl) for _, _, task, kl, *_ in lines]
+    if name in ALPHA_TELLS:
+        assert [float(line[1]) for line in lines] == pytest.approx(told, rel=1e-6)
 
 
 @pytest.mark.parametrize("killed_at", [0, 3, 4, 8, 11])
