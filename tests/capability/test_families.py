@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from q2t.capability.electronics import catalog
 from q2t.capability.electronics.calculated import Calculated
-from q2t.capability.electronics.parts import partition
+from q2t.capability.electronics.parts import compared, partition
 from q2t.capability.families import FAMILIES, make_families, verify
 from q2t.capability.posing import pose
 from q2t.config import Capability
@@ -121,6 +122,49 @@ def test_exactly_one_candidate_meets_the_constraints():
         for problem in problems(family, 100, "test"):
             fitting = [n for n, v, i in problem.inputs["candidates"] if family.accepts(v, i, problem.inputs)]
             assert fitting == [problem.check["expected"]]
+
+
+def test_a_solution_compares_candidate_by_candidate_and_rightly():
+    """Read back from the text: each verdict is what the two numbers say, and so is what it is derived from."""
+    verdicts = set()
+    for family in make_families(["mosfet", "regulator"], PARTS):
+        for problem in problems(family, 300):
+            for one, other, how, said in re.findall(
+                r"([\d.]+) vs ([\d.]+) (\w+ digits|(?:\d[<=>]\d ?)+?) (ok|low)", problem.solution
+            ):
+                lengths = [len(number.partition(".")[0]) for number in (one, other)]
+                last = {"fewer digits": "<", "more digits": ">"}.get(how) or how[-2]
+                assert (float(one) > float(other)) - (float(one) < float(other)) == "<=>".index(last) - 1
+                assert ("digits" in how) == (lengths[0] != lengths[1])
+                assert said == ("low" if last == "<" else "ok")
+                verdicts.add((how if "digits" in how else last, said))
+    assert verdicts == {("fewer digits", "low"), ("<", "low"), ("=", "ok"), (">", "ok"), ("more digits", "ok")}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "how"),
+    [
+        ("7.0", "30.0", "fewer digits"),
+        ("30", "7.5", "more digits"),
+        ("30", "36", "3=3 0<6"),
+        ("60", "60", "6=6 0=0"),
+        ("1.5", "1.0", "1=1 5>0"),
+        ("0.15", "0.1", "0=0 1=1 5>0"),
+        ("0.1", "0.15", "0=0 1=1 0<5"),
+    ],
+)
+def test_numbers_are_compared_by_length_and_then_digit_by_digit(one, other, how):
+    assert compared(one, other) == f"{one} vs {other} {how}"
+
+
+def test_a_mosfets_current_decides_for_small_and_large_parts_either_way():
+    """As the catalogue has them, small parts were always too weak and large ones never: nothing to learn from."""
+    (family,) = make_families(["mosfet"], PARTS)
+    counts = Counter()
+    for problem in problems(family, 400):
+        needed = problem.inputs["load"] * 2
+        counts.update((i >= 10, i >= needed) for _, _, i in problem.inputs["candidates"])
+    assert min(counts.values()) >= 0.05 * counts.total() and len(counts) == 4
 
 
 def test_the_tolerance_is_on_both_sides():

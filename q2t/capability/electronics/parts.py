@@ -2,6 +2,7 @@
 
 import random
 import re
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 from q2t.capability.electronics.catalog import Part
@@ -67,7 +68,8 @@ class Selection(Family):
             raise ValueError(
                 f"{self.name}: no constraint tells {len(self.parts)} parts apart; add parts to the catalogue"
             )
-        chosen = [rng.choice(fitting), *rng.sample(others, 2)]
+        chosen = [self.pick(rng, fitting), self.pick(rng, others)]
+        chosen.append(self.pick(rng, [p for p in others if p is not chosen[1]]))
         rng.shuffle(chosen)
         return {
             **need,
@@ -77,9 +79,12 @@ class Selection(Family):
     def distractors(self, need: dict[str, Any]) -> list[Part]:
         return [p for p in self.parts if not self.fits(p, need)]
 
+    def pick(self, rng: random.Random, parts: list[Part]) -> Part:
+        return rng.choice(parts)
+
     def candidates(self, inputs: dict[str, Any]) -> str:
         return "; ".join(
-            f"{letter} {name} {voltage:g} V {current:g} A"
+            f"{letter} {name} {voltage:g} V {amperes(current)} A"
             for letter, (name, voltage, current) in zip(LETTERS, inputs["candidates"], strict=True)
         )
 
@@ -107,11 +112,11 @@ class Selection(Family):
         first, amps = self.needed(inputs)
         steps = [first]
         for letter, (_, voltage, current) in zip(LETTERS, inputs["candidates"], strict=True):
-            compared, enough = self.voltages(voltage, inputs)
+            comparison, enough = self.voltages(voltage, inputs)
             if not enough:
-                steps.append(f"{letter} {compared} {self.refused}")
+                steps.append(f"{letter} {comparison} {self.refused}")
                 continue
-            steps.append(f"{letter} {compared} ok {padded(current)} vs {padded(amps)}")
+            steps.append(f"{letter} {comparison} ok {compared(amperes(current), amperes(amps))}")
             if current >= amps:
                 steps[-1] += " ok"
                 return "; ".join(steps), letter
@@ -136,9 +141,25 @@ def _names(answer: str, letter: str, name: str) -> bool:
     return bool(re.fullmatch(rf"\s*(?:{listed}|{named})\.?\s*", answer, re.IGNORECASE))
 
 
-def padded(value: float) -> str:
-    """Two digits before the point and one behind it, cut: two such strings compare digit by digit."""
-    return f"{int(value * 10 + 1e-6) / 10:04.1f}"
+def amperes(current: float) -> str:
+    """With at least one decimal, so that whole numbers look like the others: "7.0", "0.115"."""
+    return f"{current:.1f}" if current == round(current, 1) else f"{current:g}"
+
+
+def compared(one: str, other: str) -> str:
+    """How a small model compares two numbers: by their length, else digit by digit up to the first that differs.
+
+    "7.0 vs 30.0 fewer digits", "30 vs 36 3=3 0<6", "1.55 vs 1.5 1=1 5=5 5>0".
+    """
+    (whole, _, part), (other_whole, _, other_part) = one.partition("."), other.partition(".")
+    if len(whole) != len(other_whole):
+        return f"{one} vs {other} {'fewer' if len(whole) < len(other_whole) else 'more'} digits"
+    steps = []
+    for a, b in zip_longest(whole + part, other_whole + other_part, fillvalue="0"):
+        steps.append(f"{a}{'=' if a == b else '<' if a < b else '>'}{b}")
+        if a != b:
+            break
+    return f"{one} vs {other} {' '.join(steps)}"
 
 
 class Mosfet(Selection):
@@ -155,8 +176,8 @@ class Mosfet(Selection):
         "{supply} V, {load} A to switch to ground. Which one, at 1.5x voltage and 2x current? {candidates}",
         "Transistor for {load} A from {supply} V; rate it at 1.5x the voltage, 2x the current: {candidates}",
     )
-    supplies = (6, 8, 10, 12, 20, 24, 40, 48)
-    loads = (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 4, 5, 10)
+    supplies = (12, 16, 18, 20, 24, 30, 40, 48)
+    loads = (0.1, 0.5, 1, 2, 3, 4, 8, 10, 15, 20)
 
     def usable(self, part: Part) -> bool:
         # Two digits of volts: a small model compares numbers of one length.
@@ -180,11 +201,19 @@ class Mosfet(Selection):
 
     def needed(self, inputs: dict[str, Any]) -> tuple[str, float]:
         volts, amps = inputs["supply"] * VOLTAGE_MARGIN, inputs["load"] * CURRENT_MARGIN
-        return f"{inputs['supply']:g}*1.5={volts:g}; {inputs['load']:g}*2={amps:g}", amps
+        return f"{inputs['supply']:g}*1.5={volts:g}; {inputs['load']:g}*2={amperes(amps)}", amps
 
     def voltages(self, voltage: float, inputs: dict[str, Any]) -> tuple[str, bool]:
         volts = inputs["supply"] * VOLTAGE_MARGIN
-        return f"{voltage:02.0f} vs {volts:02.0f}", voltage >= volts
+        return compared(f"{voltage:g}", f"{volts:g}"), voltage >= volts
+
+    def pick(self, rng: random.Random, parts: list[Part]) -> Part:
+        """Most parts have 20, 30 or 60 V and tens of amperes. Here currents of one digit are as frequent as those of
+        two, and among them each voltage: whoever never compares must not be right."""
+        large = rng.choice(sorted({part.current >= 10 for part in parts}))
+        alike = [part for part in parts if (part.current >= 10) == large]
+        voltage = rng.choice(sorted({part.voltage for part in alike}))
+        return rng.choice([part for part in alike if part.voltage == voltage])
 
 
 class Regulator(Selection):
@@ -201,7 +230,6 @@ class Regulator(Selection):
         "Fixed {output} V for {load} A, with 2x current rating: which one? {candidates}",
         "Supply {load} A at {output} V from a linear regulator with twice that current: {candidates}",
     )
-    # Twice the load has one decimal, so that a comparison of padded currents decides as the true one does.
     loads = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5)
 
     def usable(self, part: Part) -> bool:
@@ -231,7 +259,7 @@ class Regulator(Selection):
 
     def needed(self, inputs: dict[str, Any]) -> tuple[str, float]:
         amps = inputs["load"] * CURRENT_MARGIN
-        return f"{inputs['load']:g}*2={amps:g}; {inputs['output']:g} V", amps
+        return f"{inputs['load']:g}*2={amperes(amps)}; {inputs['output']:g} V", amps
 
     def voltages(self, voltage: float, inputs: dict[str, Any]) -> tuple[str, bool]:
         return f"{voltage:g}", voltage == inputs["output"]
