@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import reduce
@@ -30,6 +30,8 @@ LIST = Path(__file__).with_name("ablations.yaml")
 RESULTS = Path("reports/ablations")
 SIZES = ("teacher", "student", "pruned")
 """The models of the quickstart itself in the table of sizes; its quantised ones have pruned's parameters."""
+SEEDED = ("student",)
+"""As SIZES, in the table of seeds."""
 
 BASIC = ("cross-entropy only", "default", "seed 8", "seed 9")
 """Controls that the table of methods begins with: the default and its spread."""
@@ -229,13 +231,15 @@ def controls(root: Path = Path(".")) -> str:
     found = [row for name, row in rows.items() if name.removesuffix(EARLIER) in spread]
     beside_seed = [_beside_seed(row) for row in found]
     if len(found) == len(spread) and all(each == beside_seed[0] for each in beside_seed):
-        seeds = [row["accuracy"] for row in found]
-        lines += [
-            "",
-            f"The order of the rows alone ({', '.join(spread)}) moves accuracy between {percent(min(seeds))} and "
-            f"{percent(max(seeds))}, mean {percent(fmean(seeds))}.",
-        ]
+        lines += ["", _moved(spread, [row["accuracy"] for row in found])]
     return "\n".join(lines)
+
+
+def _moved(names: Sequence[str], seeds: Sequence[float]) -> str:
+    return (
+        f"The order of the rows alone ({', '.join(names)}) moves accuracy between {percent(min(seeds))} and "
+        f"{percent(max(seeds))}, mean {percent(fmean(seeds))}."
+    )
 
 
 def _beside_seed(row: dict[str, Any]) -> list[Any]:
@@ -273,11 +277,29 @@ def _footnote(names: Iterable[str]) -> str:
 
 def sizes(root: Path = Path(".")) -> str:
     """The table of accuracy by size: models of reports/summary.json, and what was run of the group `sizes`."""
+    return _table(_beside(SIZES, "sizes", root))
+
+
+def seeds(root: Path = Path(".")) -> str:
+    """The table of the quickstart's student and those of other orders of its rows; how far apart, once all were run."""
+    rows = _beside(SEEDED, "seeds", root)
+    lines = [_table(rows)]
+    if {*SEEDED, *(each.name for each in experiments("seeds"))} == set(rows):
+        lines += ["", _moved(list(rows), [row["accuracy"] for row in rows.values()])]
+    return "\n".join(lines)
+
+
+def _beside(names: Sequence[str], group: str, root: Path) -> dict[str, Any]:
+    """Models of the quickstart, from reports/summary.json, and what was run of a group."""
     models = json.loads((root / "reports/summary.json").read_text(encoding="utf-8"))
-    rows = {name: models[name] for name in SIZES if name in models} | _results("sizes", root)
+    return {name: models[name] for name in names if name in models} | _results(group, root)
+
+
+def _table(rows: dict[str, Any]) -> str:
     figures = ("accuracy", "interval", "retention", "retention_interval", "parameters", "bytes")
-    table = markdown_table({name: {key: row.get(key) for key in figures} for name, row in rows.items()})
-    return table + _footnote(rows)
+    return markdown_table({name: {key: row.get(key) for key in figures} for name, row in rows.items()}) + _footnote(
+        rows
+    )
 
 
 def _groups() -> dict[str, Any]:

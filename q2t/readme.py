@@ -82,6 +82,7 @@ def main(root: Path = Path(".")) -> None:
     fill(root / README, "full", full(root))
     fill(root / README, "ablations", ablation.controls(root))
     fill(root / README, "sizes", ablation.sizes(root))
+    fill(root / README, "seeds", ablation.seeds(root))
     fill(root / METHODS, "methods", ablation.methods(root))
 
 

@@ -52,6 +52,7 @@ def test_the_readme_shows_the_committed_results():
         times(ROOT),
         ablation.controls(ROOT),
         ablation.sizes(ROOT),
+        ablation.seeds(ROOT),
     ):
         assert table.strip() in readme, "run `make readme`"
     methods = (ROOT / "docs/distillation.md").read_text(encoding="utf-8")
