@@ -45,7 +45,7 @@ check: $(INSTALLED) ## Lint, format check and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-ablations: $(INSTALLED) ## Run controls, methods and sizes, and put what they come to into reports/ablations
+ablations: $(INSTALLED) ## Run controls, methods, seeds and sizes, and put what they come to into reports/ablations
 	$(BIN)/q2t ablate
 
 readme: $(INSTALLED) ## Put the committed results into the README's tables

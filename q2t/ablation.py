@@ -1,4 +1,5 @@
-"""Experiments that change one thing of the quickstart at a time: what each part is worth, and accuracy by size.
+"""Experiments that change one thing of the quickstart at a time: what each part is worth, how far chance
+moves accuracy, and accuracy by size.
 
 An MLflow database dies with its machine, so what an experiment comes to is a small file in git, and the tables in the
 README are made from these files.
@@ -235,10 +236,10 @@ def controls(root: Path = Path(".")) -> str:
     return "\n".join(lines)
 
 
-def _moved(names: Sequence[str], seeds: Sequence[float]) -> str:
+def _moved(names: Sequence[str], accuracies: Sequence[float]) -> str:
     return (
-        f"The order of the rows alone ({', '.join(names)}) moves accuracy between {percent(min(seeds))} and "
-        f"{percent(max(seeds))}, mean {percent(fmean(seeds))}."
+        f"The order of the rows alone ({', '.join(names)}) moves accuracy between {percent(min(accuracies))} and "
+        f"{percent(max(accuracies))}, mean {percent(fmean(accuracies))}."
     )
 
 
@@ -277,19 +278,19 @@ def _footnote(names: Iterable[str]) -> str:
 
 def sizes(root: Path = Path(".")) -> str:
     """The table of accuracy by size: models of reports/summary.json, and what was run of the group `sizes`."""
-    return _table(_beside(SIZES, "sizes", root))
+    return _table(_with_quickstart(SIZES, "sizes", root))
 
 
 def seeds(root: Path = Path(".")) -> str:
     """The table of the quickstart's student and those of other orders of its rows; how far apart, once all were run."""
-    rows = _beside(SEEDED, "seeds", root)
+    rows = _with_quickstart(SEEDED, "seeds", root)
     lines = [_table(rows)]
     if {*SEEDED, *(each.name for each in experiments("seeds"))} == set(rows):
         lines += ["", _moved(list(rows), [row["accuracy"] for row in rows.values()])]
     return "\n".join(lines)
 
 
-def _beside(names: Sequence[str], group: str, root: Path) -> dict[str, Any]:
+def _with_quickstart(names: Sequence[str], group: str, root: Path) -> dict[str, Any]:
     """Models of the quickstart, from reports/summary.json, and what was run of a group."""
     models = json.loads((root / "reports/summary.json").read_text(encoding="utf-8"))
     return {name: models[name] for name in names if name in models} | _results(group, root)

@@ -70,7 +70,7 @@ def ablate(arguments: argparse.Namespace) -> None:
     from q2t import ablation
 
     ablation.run(arguments.name)
-    print("\n\n".join([ablation.controls(), ablation.methods(), ablation.sizes()]))
+    print("\n\n".join([ablation.controls(), ablation.methods(), ablation.seeds(), ablation.sizes()]))
 
 
 def ask(arguments: argparse.Namespace) -> None:
