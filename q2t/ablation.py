@@ -31,8 +31,6 @@ LIST = Path(__file__).with_name("ablations.yaml")
 RESULTS = Path("reports/ablations")
 SIZES = ("teacher", "student", "pruned")
 """The models of the quickstart itself in the table of sizes; its quantised ones have pruned's parameters."""
-SEEDED = ("student",)
-"""As SIZES, in the table of seeds."""
 
 BASIC = ("cross-entropy only", "default", "seed 8", "seed 9")
 """Controls that the table of methods begins with: the default and its spread."""
@@ -283,9 +281,9 @@ def sizes(root: Path = Path(".")) -> str:
 
 def seeds(root: Path = Path(".")) -> str:
     """The table of the quickstart's student and those of other orders of its rows; how far apart, once all were run."""
-    rows = _with_quickstart(SEEDED, "seeds", root)
+    rows = _with_quickstart(("student",), "seeds", root)
     lines = [_table(rows)]
-    if {*SEEDED, *(each.name for each in experiments("seeds"))} == set(rows):
+    if {"student", *(each.name for each in experiments("seeds"))} == set(rows):
         lines += ["", _moved(list(rows), [row["accuracy"] for row in rows.values()])]
     return "\n".join(lines)
 
@@ -298,9 +296,8 @@ def _with_quickstart(names: Sequence[str], group: str, root: Path) -> dict[str, 
 
 def _table(rows: dict[str, Any]) -> str:
     figures = ("accuracy", "interval", "retention", "retention_interval", "parameters", "bytes")
-    return markdown_table({name: {key: row.get(key) for key in figures} for name, row in rows.items()}) + _footnote(
-        rows
-    )
+    table = markdown_table({name: {key: row.get(key) for key in figures} for name, row in rows.items()})
+    return table + _footnote(rows)
 
 
 def _groups() -> dict[str, Any]:
