@@ -106,7 +106,7 @@ def test_stages_that_several_processes_run_declare_how_these_are_started():
     graph = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
     launched = {name for name, stage in graph.items() if stage.get("cmd", "").startswith("${launch} ")}
     assert launched == {name for name, stage in graph.items() if "q2t/launch" in stage.get("deps", [])}
-    assert launched == {"distill", "prune"}
+    assert launched == {"specialize", "distill", "prune"}
 
 
 def test_a_stage_has_one_name(stages):

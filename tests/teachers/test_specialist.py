@@ -1,12 +1,17 @@
 """The specialist: it learns, and stopped at any moment it ends with the bytes of an uninterrupted run."""
 
 import errno
+import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import Trainer, TrainerState
 
 from q2t.config import Compute, Scratch, Source, Specialize
@@ -40,12 +45,12 @@ def source(tmp_path_factory):
     return folder
 
 
-def run(source, checkpoints, dtype="float32", save_every=5, lessons=LESSONS):
+def run(source, checkpoints, dtype="float32", save_every=5, lessons=LESSONS, batch_size=8):
     model, curve = specialize(
         load_model(source),
         load_tokenizer(source),
         lessons,
-        SETTINGS,
+        SETTINGS.model_copy(update={"batch_size": batch_size}),
         seed=3,
         compute=Compute(threads=1, dtype=dtype, device="cpu"),
         checkpoints=checkpoints,
@@ -159,3 +164,76 @@ def test_so_it_does_in_bfloat16_with_masters_in_float32(source, whole, tmp_path,
 def test_a_checkpoint_is_only_where_the_curve_has_a_row(source, tmp_path):
     with pytest.raises(AssertionError):
         run(source, Path(tmp_path), save_every=7)
+
+
+CHILD = f"""
+import json, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_specialist import run
+from transformers import Trainer
+source, folder, die_at = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+calls, step = [], Trainer.training_step
+def dying(*given):
+    calls.append(1)
+    if len(calls) == die_at and os.environ["RANK"] == "0":
+        os.kill(os.getpid(), {int(signal.SIGKILL)})
+    return step(*given)
+Trainer.training_step = dying
+weights, curve = run(source, folder / "checkpoints", batch_size=16)
+rank = os.environ["RANK"]
+(folder / f"weights-{{rank}}").write_bytes(b"".join(weights[name] for name in sorted(weights)))
+(folder / f"curve-{{rank}}").write_text(json.dumps([curve, len(calls)]))
+"""
+
+
+def launch(source, folder, die_at=0):
+    root = Path(__file__).resolve().parents[2]
+    script = folder / "child.py"
+    script.write_text(CHILD, encoding="utf-8")
+    # Port 0 is any that is free.
+    how = ["--config_file", f"{root}/q2t/launch/ddp.yaml", "--num_processes", "2"]
+    starter = [sys.executable, "-m", "accelerate.commands.launch", *how, "--main_process_port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [*starter, str(script), str(Path(__file__).parent), str(source), str(folder), str(die_at)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_two_processes_learn_as_one_and_resume_to_the_same_bytes(source, tmp_path):
+    """Each takes two passes a step, and the last step of 108 rows has none for the second process's second pass."""
+    folders = [tmp_path / "killed", tmp_path / "through"]
+    for folder in folders:
+        folder.mkdir()
+    assert launch(source, folders[0], die_at=12).returncode != 0
+    assert [path.name for path in (folders[0] / "checkpoints").glob("*-*")] == ["step-5"]
+    for folder in [*folders, folders[1]]:  # the last is one that had ended already
+        done = launch(source, folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        if not (folder / "first").exists():
+            (folder / "curve-0").rename(folder / "first")
+    (resumed, fewer), (curve, calls) = [json.loads((folder / "first").read_text()) for folder in folders]
+    assert (fewer, calls) == (4, 14)
+    assert json.loads((folders[1] / "curve-0").read_text()) == [curve, 0]
+    weights, alone = run(source, tmp_path / "alone", batch_size=16)
+    assert resumed == curve == [pytest.approx(line, rel=1e-4, abs=1e-4) for line in alone]
+    first, *others = [(folder / f"weights-{rank}").read_bytes() for folder in folders for rank in (0, 1)]
+    assert others == [first] * 3
+    both = (
+        torch.frombuffer(bytearray(each), dtype=torch.float32)
+        for each in (first, b"".join(map(weights.get, sorted(weights))))
+    )
+    torch.testing.assert_close(*both)
+
+
+def test_the_launchers_configuration_changes_nothing(source, whole, tmp_path, monkeypatch):
+    """compute.dtype is the precision, and weights are whole in each process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert run(source, tmp_path) == whole["float32"]
+
+
+def test_rows_that_processes_cannot_share_evenly_are_refused(source, tmp_path, monkeypatch):
+    three = property(lambda _: 3, lambda *_: None)
+    monkeypatch.setattr(PartialState, "num_processes", three, raising=False)
+    with pytest.raises(ValueError, match="^specialize.batch_size: 8 rows can't be dealt out evenly to 3 processes"):
+        run(source, tmp_path)
