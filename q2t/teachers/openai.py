@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal
@@ -16,7 +18,8 @@ from tenacity import (
     Retrying,
     retry_if_exception_type,
     stop_after_attempt,
-    wait_random_exponential,
+    wait_exponential,
+    wait_random,
 )
 
 from q2t.config import Section, Teacher
@@ -26,8 +29,9 @@ from q2t.teachers.journal import Journal
 from q2t.teachers.keys import completion_key
 
 ATTEMPTS = 6
-BACKOFF = wait_random_exponential(multiplier=1, max=60)
-"""Seconds between attempts, unless the server names them in Retry-After."""
+BACKOFF = wait_exponential(multiplier=2, max=60) + wait_random(0, 1)
+"""Seconds between attempts, unless the server names them in Retry-After: 62 together at least, since the limits that
+servers set are often those of a minute."""
 LONGEST_WAIT = 300.0
 """Seconds of Retry-After that are obeyed."""
 TIMEOUT = httpx.Timeout(600, connect=20)
@@ -38,8 +42,10 @@ LONGEST_LIST = 20
 FINISHED: dict[str, Literal["stop", "length"]] = {
     **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop"),
     **dict.fromkeys(("length", "max_tokens", "model_length", "content_filter"), "length"),
+    **dict.fromkeys(("tool_calls", "function_call", "abort", "insufficient_system_resource"), "length"),
 }
-"""What servers say of an answer that ended by itself or was cut, a content filter's too; others leave none."""
+"""What servers say of an answer that ended by itself, or that ended otherwise and is kept as one that was cut: it is
+paid for."""
 
 
 class Pointer(Section):
@@ -269,15 +275,14 @@ def _attempt(client: httpx.Client, request: dict[str, Any], target: bool) -> dic
         raise Refused(f"a chat completion whose content is no text: {_said(reply)}") from None
     if reason is None:
         raise Refused(f"a chat completion without finish_reason: {_said(reply)}")
-    said = {"text": text, "finish_reason": _finish_reason(reason)}
+    if not isinstance(reason, str) or reason.lower() not in FINISHED:
+        raise Refused(f"finish_reason {reason!r}, which says neither that the answer is whole nor that it was cut")
+    said = {"text": text, "finish_reason": FINISHED[reason.lower()]}
     if not (usage := body.get("usage")):
         raise Refused(f"a chat completion without usage, the counts of its tokens: {_said(reply)}")
-    try:
-        return said | {key: int(usage[key]) for key in ("prompt_tokens", "completion_tokens")}
-    except (ValueError, LookupError, TypeError, OverflowError):  # not asked again: it would cost as much
-        known = isinstance(usage, dict) and usage.keys() & {"prompt_tokens", "completion_tokens", "total_tokens"}
-        message = f"usage {str(usage)[:200]} without prompt_tokens and completion_tokens"
-        raise (Failed if known else Refused)(message) from None
+    if not isinstance(usage, dict) or not usage.keys() & {"prompt_tokens", "completion_tokens", "total_tokens"}:
+        raise Refused(f"usage {str(usage)[:200]} without prompt_tokens and completion_tokens")
+    return said | {key: _count(usage.get(key)) for key in ("prompt_tokens", "completion_tokens")}
 
 
 def _said(reply: httpx.Response) -> str:
@@ -309,17 +314,24 @@ def _joined(content: Any, kind: str) -> str:
     return "".join(part if isinstance(part, str) else _joined(part, "text") for part in parts)
 
 
-def _finish_reason(reason: Any) -> Literal["stop", "length"]:
-    if reason not in FINISHED:
-        raise Failed(f"finish_reason {reason!r}")
-    return FINISHED[reason]
+def _count(tokens: Any) -> int:
+    """0 for what is no number, which the data checks warn of: the answer is paid for all the same."""
+    try:
+        return int(tokens)
+    except (ValueError, TypeError, OverflowError):
+        return 0
 
 
 def _retry_after(reply: httpx.Response) -> float | None:
+    value = reply.headers.get("retry-after", "")
     try:
-        return max(0.0, min(float(reply.headers.get("retry-after", "")), LONGEST_WAIT))
-    except ValueError:  # missing, or a date
-        return None
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):  # missing, or a date without a zone
+            return None
+    return max(0.0, min(seconds, LONGEST_WAIT))
 
 
 def _wait(state: RetryCallState) -> float:
