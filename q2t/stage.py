@@ -131,12 +131,14 @@ def published(out: str, *, needed: bool) -> Path | None:
 
 
 def _asked(entry: dict[str, Any]) -> list[Any]:
-    """What a server's answers hang on: not where our side computes, how many are asked for, or how many at a time."""
-    deps = sorted((dep["path"], dep["md5"]) for dep in entry["deps"] if not dep["path"].endswith(".py"))
+    """What a server's answers hang on: not where our side computes, how many are asked for, or how many at a time, and
+    not every byte of the pointer's folder, which may name the key's variable anew."""
     params = entry["params"]["params.yaml"]
     (teacher,) = (value for key, value in params.items() if key.startswith("teachers."))
+    pointer = Path(teacher["model"])
+    deps = {dep["path"]: dep["md5"] for dep in entry["deps"] if not dep["path"].endswith(".py")}
     return [
-        deps,
+        {path: md5 for path, md5 in deps.items() if Path(path) != pointer},
         params["seed"],
         {key: value for key, value in teacher.items() if key not in ("samples", "batch_size")},
     ]
