@@ -213,8 +213,10 @@ def _plain(result: dict[str, Any]) -> dict[str, Any]:
         "unexpected_count",
         "unexpected_percent",
         "partial_unexpected_list",
-        "partial_missing_list",
     )
+    found = {key: result["result"][key] for key in kept if key in result["result"]}
+    if missing := result["result"].get("partial_missing_list"):
+        found["partial_missing_list"] = sorted(missing)  # Great Expectations takes it out of a set
     return {
         "expectation": config["type"],
         "column": config["kwargs"].get("column", ""),
@@ -222,7 +224,7 @@ def _plain(result: dict[str, Any]) -> dict[str, Any]:
         "severity": config["severity"],
         "success": result["success"],
         "errors": errors,
-        "found": {key: result["result"][key] for key in kept if key in result["result"]},
+        "found": found,
     }
 
 

@@ -207,6 +207,16 @@ def test_equal_rows_give_equal_bytes(tmp_path):
     assert b"time" not in report and b"completions-completions" not in report
 
 
+def test_what_is_missing_is_listed_in_order(tmp_path):
+    """Great Expectations lists it in the order of a set of texts, another in every process."""
+    families = [f"family {n}" for n in range(9)]
+    frame, expected = quality.example_frame(EXAMPLES), quality.examples([*FAMILIES, *reversed(families)], 0.8)
+    check("examples", frame, expected, tmp_path)
+    results = json.loads((tmp_path / "examples.json").read_text())["results"]
+    (found,) = [one["found"] for one in results if not one["success"]]
+    assert found["partial_missing_list"] == families
+
+
 def test_a_missing_column_is_a_failure_and_not_a_pass(tmp_path):
     frame = quality.completion_frame([completion(1)]).drop(columns="finish_reason")
     with pytest.raises(quality.QualityError, match='finish_reason: .*"finish_reason" in BatchData does not exist'):
