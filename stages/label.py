@@ -60,9 +60,9 @@ def main() -> None:
                     systems=params.systems,
                     beside=[_beside(params, other, student, to_student) for other in others],
                 )
+                fingerprints[name] = fingerprint(folder)
                 mixed |= {f"{name}+{weight:g} {other}": fingerprint(Path(other)) for other, weight in others.items()}
             labelled |= {row.id: row for row in rows}
-            fingerprints[name] = fingerprint(folder)
         if settings.beside and not mixed:
             raise ValueError("label.beside has no effect: no other model wrote rows that get labels. Leave it out")
         rows = [labelled[example.id] for example in examples]
