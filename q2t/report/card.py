@@ -22,6 +22,8 @@ def render(reports: Path, params: Mapping[str, Any]) -> str:
 
     summary = load(reports)
     final = list(summary)[-1]
+    folder = str(Path(params["evaluate"]["models"][final]))
+    teachers = [params["teachers"][name] for name in params["filter"]["teachers"]]
     origin = source_of(params, params["initialize"]["model"])
     source = params["sources"][params["specialize"]["source"]]
     data = ModelCardData(
@@ -50,7 +52,9 @@ def render(reports: Path, params: Mapping[str, Any]) -> str:
         model=summary[final],
         teacher=summary[TEACHER],
         base=summary.get("base"),
-        folder=params["evaluate"]["models"][final],
+        folder=folder,
+        is_onnx=folder in ("models/onnx", "models/int8"),
+        writers=sorted({str(Path(one["model"])) for one in teachers if not one["prompts"].startswith("general")}),
         table=markdown_table(summary),
         measured=measured(summary),
         chance=chance(summary),

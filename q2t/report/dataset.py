@@ -10,8 +10,9 @@ from q2t import report
 from q2t.report.summary import read_rows
 
 CATALOGUE_LICENSE = "cc-by-sa-4.0"
+QUESTIONS_LICENSE = "apache-2.0"
 COLUMNS = {
-    "id": "hash of the answer and of all that shaped it",
+    "id": "hash of the question and of all that shaped the answer",
     "problem_id": "hash of family, operands and question",
     "family": "the problem's family; `general` for chat",
     "domain": "`target` or `general`",
@@ -48,7 +49,9 @@ def render(reports: Path, examples: Path, params: Mapping[str, Any]) -> str:
     data = DatasetCardData(
         pretty_name="q2t: answers to electronics problems",
         language=["en"],
-        license=sorted({CATALOGUE_LICENSE, *(teacher["license"].lower() for teacher in teachers.values())}),
+        license=sorted(
+            {CATALOGUE_LICENSE, QUESTIONS_LICENSE, *(teacher["license"].lower() for teacher in teachers.values())}
+        ),
         annotations_creators=["machine-generated"],
         language_creators=["machine-generated"],
         multilinguality=["monolingual"],
@@ -81,7 +84,8 @@ def license_of(params: Mapping[str, Any], model: str) -> str:
 
 def source_of(params: Mapping[str, Any], model: str) -> Mapping[str, Any]:
     """The entry of `sources` behind a model's folder; of an endpoint the license "other": its provider's terms hold."""
-    name = params["specialize"]["source"] if model == "models/teacher" else model.removeprefix("models/sources/")
+    folder = str(Path(model))
+    name = params["specialize"]["source"] if folder == "models/teacher" else folder.removeprefix("models/sources/")
     source: Mapping[str, Any] = params["sources"].get(name, {"license": "other"})
     return source
 

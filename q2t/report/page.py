@@ -211,7 +211,7 @@ def rejections(reports: Path, rejected: Path) -> dict[str, Any]:
 
 
 def answers(reports: Path, models: list[str], count: int = EXAMPLES) -> dict[str, list[dict[str, Any]]]:
-    """Family to `count` problems, each with the answers of `models` side by side.
+    """Family to `count` problems, more where there are more patterns, each with the answers of `models` side by side.
 
     The first problem of every pattern of right and wrong comes first, so that losses show as well as gains, and then
     each pattern's second.
@@ -230,7 +230,7 @@ def answers(reports: Path, models: list[str], count: int = EXAMPLES) -> dict[str
     for family, found in sorted(patterns.items(), key=lambda item: (item[0] == "general", item[0])):
         ordered = [found[pattern] for pattern in sorted(found, key=lambda p: (-sum(p), p))]
         turns = zip_longest(*ordered)
-        chosen[family] = [problem for turn in turns for problem in turn if problem][:count]
+        chosen[family] = [problem for turn in turns for problem in turn if problem][: max(count, len(found))]
     return chosen
 
 

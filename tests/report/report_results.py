@@ -98,8 +98,8 @@ def make_results(root: Path) -> Results:
         "specialize": {"source": "smollm", "epochs": 2, "learning_rate": 0.0005},
         "initialize": {"model": "models/teacher"},
         "teachers": {
-            "expert": {"model": "models/teacher", "samples": 4},
-            "base": {"model": "models/sources/smollm", "samples": 2},
+            "expert": {"model": "models/teacher", "prompts": "questions", "samples": 4},
+            "base": {"model": "models/sources/smollm", "prompts": "general", "samples": 2},
         },
         "filter": {
             "teachers": ["expert", "base"],

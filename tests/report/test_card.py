@@ -73,6 +73,19 @@ def test_a_student_of_another_model_than_the_teacher_has_that_ones_licence(resul
     assert "The teacher was made from HuggingFaceTB/SmolLM2-135M-Instruct" in made.text
 
 
+def test_a_teacher_behind_an_endpoint_is_named(results: Results) -> None:
+    results.params["teachers"]["expert"]["model"] = "models/gpt/"
+    text = _card(results).text
+    assert "The answers to problems are by models/gpt; retention is against `models/teacher`." in text
+    assert "The teacher was made from" not in text
+
+
+@pytest.mark.parametrize(("folder", "reader"), [("models/int8/", "ORTModel"), ("models/student", "AutoModel")])
+def test_how_to_load_it_hangs_on_the_folder_and_not_on_the_name(results: Results, folder: str, reader: str) -> None:
+    results.params["evaluate"]["models"]["int8"] = folder
+    assert f"{reader}ForCausalLM.from_pretrained" in _card(results).text
+
+
 @pytest.mark.parametrize("share, said", [(0.8, "80% are answers"), (0.975, "97.5% are answers")])
 def test_the_share_of_the_families_is_exact(results: Results, share: float, said: str) -> None:
     results.params["filter"]["target_share"] = share

@@ -53,7 +53,12 @@ def test_general_rows_are_among_the_verified_ones_so_the_name_claims_nothing(res
 
 @pytest.mark.parametrize(
     ("model", "license"),
-    [("models/teacher", "Apache-2.0"), ("models/sources/smollm", "Apache-2.0"), ("models/sources/api", "other")],
+    [
+        ("models/teacher", "Apache-2.0"),
+        ("./models/teacher/", "Apache-2.0"),
+        ("models/sources/smollm", "Apache-2.0"),
+        ("models/sources/api", "other"),
+    ],
 )
 def test_a_teachers_answers_have_the_licence_of_its_source(results: Results, model: str, license: str) -> None:
     assert dataset.license_of(results.params, model) == license
