@@ -40,7 +40,7 @@ def measure(root: Path) -> list[dict[str, Any]]:
     if not (root / QUESTIONS).is_file():
         raise ValueError(f"{QUESTIONS} is missing: run `dvc repro` or `dvc pull data/prompts`")
     problems = read_jsonl(root / QUESTIONS, Problem)
-    spread = problems[:: max(1, len(problems) // REPEATS)][:REPEATS]  # of all families, which stand in turn
+    spread = problems[:: max(1, len(problems) // REPEATS)][:REPEATS]  # the families are shuffled
     rows = []
     for name, folder in params.evaluate.models.items():
         if not (root / folder / "config.json").is_file():  # not built yet, or a pointer to an endpoint
