@@ -16,8 +16,8 @@ RUN, FULL_RUN = "reports/profiles/quickstart.run.json", "reports/profiles/full.t
 """Which `commit` the committed run and that of profile `full` ran, and the MD5 of the `summary` that it left."""
 FULL = "reports/profiles/full.json"
 """The summary of profile `full`."""
-TIMES = "reports/profiles/quickstart.times.json"
-"""What `q2t measure` found after a run of the quickstart, with the `commit` that it ran."""
+TIMES, BFLOAT16 = "reports/profiles/quickstart.times.json", "reports/profiles/bfloat16.times.json"
+"""What `q2t measure` found after a run of the quickstart, in float32 and in bfloat16, with the `commit` that it ran."""
 
 
 def fill(readme: Path, name: str, text: str) -> None:
@@ -57,23 +57,33 @@ def _read(root: Path, path: str) -> Any:
 
 
 def times(root: Path) -> str:
-    """What the stages of the committed run took, those of one name together, and what its models cost."""
-    measured = _read(root, TIMES)
+    """What the stages of the committed run took, and those of one in bfloat16, and what the former's models cost."""
+    measured, other = _read(root, TIMES), _read(root, BFLOAT16)
+    (minutes, memory), (faster, _) = _stages(measured), _stages(other)
+    lines = [f"On {measured['machine']}, at commit `{measured['commit']}`;"]
+    lines += [f"bfloat16 on {other['machine']}, at commit `{other['commit']}`:", ""]
+    lines += ["| Stage | Minutes | Peak memory | Minutes in bfloat16 |", "|:--|--:|--:|--:|"]
+    for stage, taken in minutes.items():
+        short = f"{faster[stage]:.1f}" if stage in faster else "–"
+        lines.append(f"| {stage} | {taken:.1f} | {memory[stage] / 1000:.1f} GB | {short} |")
+    most = f"{max(memory.values()) / 1000:.1f} GB"
+    lines += [f"| together | {sum(minutes.values()):.0f} | {most} | {sum(faster.values()):.0f} |", ""]
+    lines += ["| Model | Tokens a second | First token | Peak memory |", "|:--|--:|--:|--:|"]
+    for row in measured["models"]:
+        speed = f"{row['tokens_per_second']:.0f} | {row['first_token_ms']:.0f} ms"
+        lines.append(f"| {row['model']} | {speed} | {row['peak_memory_mb']:.0f} MB |")
+    return "\n".join(lines)
+
+
+def _stages(measured: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """Minutes of the stages, those of one name together, and the most memory, in MB, that one of them had."""
     minutes: dict[str, float] = defaultdict(float)
     memory: dict[str, float] = defaultdict(float)
     for row in measured["stages"]:
         stage = row["stage"].partition("@")[0]
         minutes[stage] += row["minutes"]
         memory[stage] = max(memory[stage], row["peak_memory_mb"])
-    lines = [f"On {measured['machine']}, at commit `{measured['commit']}`:", ""]
-    lines += ["| Stage | Minutes | Peak memory |", "|:--|--:|--:|"]
-    lines += [f"| {stage} | {minutes[stage]:.1f} | {memory[stage] / 1000:.1f} GB |" for stage in minutes]
-    lines += [f"| together | {sum(minutes.values()):.0f} | {max(memory.values()) / 1000:.1f} GB |", ""]
-    lines += ["| Model | Tokens a second | First token | Peak memory |", "|:--|--:|--:|--:|"]
-    for row in measured["models"]:
-        speed = f"{row['tokens_per_second']:.0f} | {row['first_token_ms']:.0f} ms"
-        lines.append(f"| {row['model']} | {speed} | {row['peak_memory_mb']:.0f} MB |")
-    return "\n".join(lines)
+    return minutes, memory
 
 
 def main(root: Path = Path(".")) -> None:
