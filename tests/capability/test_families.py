@@ -71,11 +71,12 @@ def test_a_wrong_answer_is_wrong(family):
             right = names.index(problem.check["expected"])
             letter, other = "ABC"[right], names[right - 1]
             (line,) = re.findall(rf"{letter} {re.escape(names[right])} [\d.]+ V [\d.]+ A", problem.question)
-            listed = (f"{letter} {names[right]}", f"{letter}: {names[right]}.", line)
-            for said in (letter.lower(), f"({letter})", f"{letter}.", f"Option {letter}", *listed):
+            name = names[right]
+            listed = (f"{letter} {name}", f"{letter}: {name}.", f"{letter} ({name})", f"{name} ({letter})", line)
+            for said in (letter.lower(), f"({letter})", f"{letter})", f"{letter}.", f"Option {letter}", *listed):
                 assert verify(problem, said).correct, said
             # The letter of one and the name of another is no choice.
-            for said in (f"{letter} {other}", f"option {letter} {other}"):
+            for said in (f"{letter} {other}", f"option {letter} {other}", f"{other} ({letter})", f"{letter} ({other})"):
                 assert verify(problem, said).rule == "not_a_candidate"
         else:
             right = problem.check["expected"]

@@ -53,12 +53,15 @@ def test_e24_is_that_of_the_standard():
         ("4.7x10^3", "ohm", 4700),
         ("1.69*10**-8 F", "F", 16.9e-9),
         ("16.9 · 10⁻⁹ F", "F", 16.9e-9),
+        ("16.9 ⋅ 10^{-9} F", "F", 16.9e-9),
+        ("4.7X10^{3}", "ohm", 4700),
         ("1.69e−8 F", "F", 16.9e-9),
         ("16.9 nanofarads", "F", 16.9e-9),
         ("16.9 Nano-Farad", "F", 16.9e-9),
         ("4.7 kilohms", "ohm", 4700),
         ("4.7 kilo-ohms", "ohm", 4700),
         ("2 Megohm", "ohm", 2e6),
+        ("4.7MEG", "ohm", 4.7e6),
         ("560 ohm.", "ohm", 560),
         ("4.7 kΩ.", "ohm", 4700),
         ("10 mH", "H", 0.01),
@@ -95,6 +98,8 @@ def test_what_engineers_write_is_read(text, unit, value):
             "4.7 10³",
             "4.7 × 10",
             "4.7 × 103",
+            "4.7 × 10{3}",
+            "4.7 × 10^{3",
             "4.7 nanofarads",
             "R = 560",
         ),
@@ -116,10 +121,11 @@ def test_any_text_is_a_number_or_refused(text, unit):
         pass
 
 
-def test_a_long_text_is_refused_at_once():
+@pytest.mark.parametrize("text", ["4" * 20_000 + "x", "4" + " " * 20_000 + "x"])
+def test_a_long_text_is_refused_at_once(text):
     start = time.perf_counter()
     with pytest.raises(ValueError, match="quantity"):
-        parse("4" * 20_000 + "x", "ohm")
+        parse(text, "ohm")
     assert time.perf_counter() - start < 1
 
 

@@ -135,10 +135,12 @@ class Selection(Family):
 
 
 def _names(answer: str, letter: str, name: str) -> bool:
-    """Whether the whole answer is this candidate: "B", "(B)", "Option B.", its name, or both, the ratings as listed."""
+    """Whether the whole answer is this candidate: "B", "(B)", "B)", "Option B.", its name with or without the ratings
+    listed, or both: "B NAME", "B (NAME)", "NAME (B)"."""
     named = rf"{re.escape(name)}(?: [\d.]+ V [\d.]+ A)?"
-    listed = rf"(?:(?:option|candidate|choice|part) )?(?:{letter}|\({letter}\))(?:[.:,]? {named})?"
-    return bool(re.fullmatch(rf"\s*(?:{listed}|{named})\.?\s*", answer, re.IGNORECASE))
+    lettered = rf"(?:(?:option|candidate|choice|part) )?(?:{letter}\)?|\({letter}\))"
+    listed = rf"{lettered}(?:[.:,]? (?:{named}|\({named}\)))?"
+    return bool(re.fullmatch(rf"(?:{listed}|{named}(?: \({letter}\))?)\.?", answer.strip(), re.IGNORECASE))
 
 
 def amperes(current: float) -> str:

@@ -17,18 +17,22 @@ E6 = E12[::2]
 E24 = tuple(sorted((*E12, 1.1, 1.3, 1.6, 2.0, 2.4, 3.0, 3.6, 4.3, 5.1, 6.2, 7.5, 9.1)))
 """Mantissas of the E24 series: those of E12, and one in each gap."""
 
-_POWER = r"[eE](?P<e>[+−-]?\d{1,3})|\s*[×x*·]\s*10(?:(?:\^|\*\*)(?P<ten>[+−-]?\d{1,3})|(?P<raised>[⁺⁻]?[⁰¹²³⁴-⁹]{1,3}))"
+_TEN = r"10(?:(?:\^|\*\*)(?P<ten>[+−-]?\d{1,3})|\^\{(?P<braced>[+−-]?\d{1,3})\}|(?P<raised>[⁺⁻]?[⁰¹²³⁴-⁹]{1,3}))"
+_POWER = rf"[eE](?P<e>[+−-]?\d{{1,3}})|\s*[×xX*·⋅]\s*{_TEN}"
 _NUMBER = rf"(?P<number>[+−-]?(?:[1-9]\d{{0,2}}(?:,\d{{3}})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+))(?:{_POWER})?"
 _PLAIN = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹−", "+-0123456789-", ",")
 _PREFIXES = {"": 0, "p": -12, "n": -9, "u": -6, "µ": -6, "μ": -6, "m": -3, "k": 3, "K": 3, "M": 6, "G": 9, "T": 12}
 _PREFIXES |= {"pico": -12, "nano": -9, "micro": -6, "milli": -3, "kilo": 3, "kil": 3, "mega": 6, "meg": 6, "giga": 9}
-_PREFIX = "|".join(name if len(name) < 2 else f"[{name[0]}{name[0].upper()}]{name[1:]}" for name in _PREFIXES)
+_PREFIX = "|".join(
+    name if len(name) < 2 else f"[{name[0]}{name[0].upper()}]{name[1:]}|{name.upper()}" for name in _PREFIXES
+)
 UNITS = {"ohm": "ohms?|Ω|Ω|R", "F": "F|farads?", "H": "H|henr(?:ys?|ies)", "V": "V|volts?", "A": "A|amps?|amperes?"}
 UNITS |= {"W": "W|watts?", "Hz": "Hz|hertz", "s": "s|secs?|seconds?"}
 _QUANTITIES = {
-    unit: re.compile(rf"{_NUMBER}\s*(?P<prefix>{_PREFIX})(?:\s*-?(?i:{names}))?") for unit, names in UNITS.items()
+    unit: re.compile(rf"{_NUMBER}\s*+(?P<prefix>{_PREFIX})(?:\s*+-?(?i:{names}))?") for unit, names in UNITS.items()
 }
-"""A number, an SI prefix and a unit, in small or capital letters, any of the last two left out."""
+"""A number, an SI prefix and a unit, in small or capital letters, any of the last two left out. Blanks are given back
+to nobody: two shares of many would be tried in all ways."""
 _CODES = {
     unit: re.compile(rf"^(\d{{1,3}})([{letters}])(\d{{1,2}})(?![\d.])")
     for unit, letters in {"ohm": "RkKMG", "F": "pnuµμm", "V": "V", "A": "A"}.items()
@@ -40,7 +44,7 @@ def parse(text: str, unit: str) -> float:
     """The number in `text`, in `unit` without prefix: parse("4.7k ohm", "ohm") == 4700.0.
 
     Accepts what engineers write: "4700", "4,700 ohm", "4.7k", "4k7", "4.7 kohm", "4.7 kΩ", "4.7 × 10³ Ω", "560R",
-    "16.9e-9 F", "16.9 nF", "16.9 nanofarads".
+    "4.7MEG", "16.9e-9 F", "1.69*10^{-8} F", "16.9 nF", "16.9 nanofarads".
 
     Raises:
         ValueError: no single finite quantity of that unit.
@@ -51,7 +55,7 @@ def parse(text: str, unit: str) -> float:
     found = _QUANTITIES[unit].fullmatch(said)
     if not found:
         raise ValueError(f"{text!r} is no quantity in {unit}; write e.g. '4.7k {unit}'")
-    power = int((found["e"] or found["ten"] or found["raised"] or "0").translate(_PLAIN))
+    power = int((found["e"] or found["ten"] or found["braced"] or found["raised"] or "0").translate(_PLAIN))
     prefix = found["prefix"] if found["prefix"] in _PREFIXES else found["prefix"].lower()
     value = float(Decimal(found["number"].translate(_PLAIN)).scaleb(power + _PREFIXES[prefix]))
     if not math.isfinite(value):
