@@ -1,5 +1,6 @@
 """Making an expert where none can be downloaded: supervised fine-tuning on worked solutions."""
 
+import math
 import os
 import shutil
 from datetime import timedelta
@@ -45,7 +46,8 @@ def specialize(
         The model, and the loss curve as rows of CURVE.
 
     Raises:
-        ValueError: the model caps, scales or shifts its logits, or batch_size is no multiple of the processes.
+        ValueError: the model caps, scales or shifts its logits, batch_size is no multiple of the processes, or the loss
+            or the last gradient is not finite.
     """
     import torch
     from accelerate.state import AcceleratorState, PartialState
@@ -82,6 +84,9 @@ def specialize(
         logits = self.get_output_embeddings()(hidden[:, :-1][learnt]).float()
         return cross_entropy(logits, labels[:, 1:][learnt], reduction="sum")
 
+    def not_finite(what: str, value: float, step: int) -> ValueError:
+        return ValueError(f"specialize: the {what} is {value} at step {step}: lower specialize.learning_rate")
+
     class CompletionTrainer(SFTTrainer):
         """Rows come in the order that `plan` gave them."""
 
@@ -92,6 +97,8 @@ def specialize(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             total = model(**{name: inputs[name] for name in ("input_ids", "attention_mask", "labels")})
+            if not torch.isfinite(total):  # the trainer would go on, and show it as 0 in the curve
+                raise not_finite("loss", total.item(), self.state.global_step + 1)
             return everyone.num_processes * total / num_items_in_batch  # of all, whose gradients' mean is taken
 
     # Whatever the launcher's configuration says: weights are whole in each process, and compute.dtype is the precision.
@@ -188,5 +195,8 @@ def specialize(
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
+    # Any other step's would have made the next loss so.
+    if not math.isfinite(curve[-1]["gradient_norm"]):
+        raise not_finite("gradient", curve[-1]["gradient_norm"], trainer.state.global_step)
     del model.forward
     return model, curve

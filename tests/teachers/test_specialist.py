@@ -110,6 +110,23 @@ def test_a_run_of_few_steps_has_a_curve_too(source, tmp_path):
     assert 0 < curve[0]["loss"] < 10
 
 
+@pytest.mark.parametrize(("step", "what"), [(1, "loss is nan at step 2"), (3, "gradient is nan at step 3")])
+def test_a_run_that_falls_apart_stops_and_publishes_nothing(source, tmp_path, monkeypatch, step, what):
+    """A gradient that is not finite makes all weights so, and the next loss."""
+    clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def broken(parameters, *arguments, **named):
+        parameters = list(parameters)
+        steps.append(parameters)
+        if len(steps) == step:
+            parameters[0].grad[0] = torch.nan
+        return clip(parameters, *arguments, **named)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+    with pytest.raises(ValueError, match=f"specialize: the {what}: lower specialize.learning_rate"):
+        run(source, tmp_path, lessons=LESSONS[:9])
+
+
 def stop_at(patched, owner, name, call, error):
     """The given call of a function ends with the error instead."""
     original, calls = getattr(owner, name), []
