@@ -64,8 +64,8 @@ def train(
         curve: the CSV, one line per step: `loss` is what is minimised, the other two are before weighting
             (`kl` is whichever divergence was chosen), all in nats per completion token of the step; the
             gradient's norm is before clipping. MOVING follows where what counts is more than alpha (phases,
-            balance, curriculum, reasoning, teacher_only, weights of rows, rows without labels) or a step may
-            be skipped (spike_factor), ONLINE where there is a teacher beside, SPARSE with a penalty.
+            on_policy, balance, curriculum, reasoning, teacher_only, weights of rows, rows without labels) or a
+            step may be skipped (spike_factor), ONLINE where there is a teacher beside, SPARSE with a penalty.
         teacher: of `settings.online`.
         sampler: for phases with `on_policy`.
         save_every: steps between checkpoints.
@@ -120,6 +120,7 @@ def train(
         return labels.read(kept)
 
     plan = phases.plan(rows, settings, seed=seed, answers=answers)
+    accelerator.wait_for_everyone()  # the first one may have taken its folder back only now
     first, lines = checkpoint.resume(checkpoints, objective, optimizer)
     total = phases.tokens(rows, settings, seed=seed)
     silent = not accelerator.is_main_process
@@ -299,7 +300,7 @@ def _write_curve(curve: Path, settings: Distill, rows: Sequence[Row], lines: Seq
     asked = settings.phases, settings.spike_factor, settings.balance, settings.curriculum, settings.teacher_only
     labelled = settings.alpha == 0 or (settings.online and settings.online.logits)
     uneven = any(row.weight != 1 or not (labelled or len(row.top_ids)) for row in rows)
-    moving = uneven or any(asked) or settings.reasoning != 1
+    moving = uneven or any(asked) or settings.on_policy is not None or settings.reasoning != 1
     sparse = any(phase.sparsity for phase in settings.in_phases())
     columns = [*CURVE, *(MOVING if moving else ()), *(ONLINE if settings.online else ()), *(SPARSE if sparse else ())]
     table = [columns, *([line[column] for column in columns] for line in lines)]
