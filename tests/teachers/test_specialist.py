@@ -111,7 +111,7 @@ def test_a_run_of_few_steps_has_a_curve_too(source, tmp_path):
 
 
 @pytest.mark.parametrize(("step", "what"), [(1, "loss is nan at step 2"), (3, "gradient is nan at step 3")])
-def test_a_run_that_falls_apart_stops_and_publishes_nothing(source, tmp_path, monkeypatch, step, what):
+def test_a_run_that_falls_apart_stops(source, tmp_path, monkeypatch, step, what):
     """A gradient that is not finite makes all weights so, and the next loss."""
     clip, steps = torch.nn.utils.clip_grad_norm_, []
 
