@@ -195,7 +195,7 @@ def specialize(
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
-    # Any other step's would have made the next loss so.
+    # A NaN of an earlier step is in the weights, and so in the next loss; the last one has no next.
     if not math.isfinite(curve[-1]["gradient_norm"]):
         raise not_finite("gradient", curve[-1]["gradient_norm"], trainer.state.global_step)
     del model.forward
