@@ -50,15 +50,16 @@ def retention_interval(
 
     Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
 
-    Resamples in which the teacher answers nothing right have no ratio, and are left out. None too for a model with
-    nothing right: every resample says the same of it, which is no certainty.
+    Resamples in which the teacher answers nothing right have no ratio, and are left out. None too where all the others
+    say the same, as of a model with nothing right, or of the teacher itself: that is no certainty.
     """
     assert {f: len(c) for f, c in model.items()} == {f: len(c) for f, c in teacher.items()}
     kept, known = _resample([model, teacher], resamples, seed)
     defined = known > 0
-    if not defined.any() or macro_accuracy(model) == 0:
+    ratios = kept[defined] / known[defined]
+    if len(set(ratios)) < 2:
         return None
-    low, high = np.quantile(kept[defined] / known[defined], [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

@@ -47,7 +47,7 @@ def specialize(
 
     Raises:
         ValueError: the model caps, scales or shifts its logits, batch_size is no multiple of the processes, or the loss
-            or the last gradient is not finite.
+            or a gradient in the curve is not finite.
     """
     import torch
     from accelerate.state import AcceleratorState, PartialState
@@ -195,8 +195,9 @@ def specialize(
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
-    # A NaN of an earlier step is in the weights, and so in the next loss; the last one has no next.
-    if not math.isfinite(curve[-1]["gradient_norm"]):
-        raise not_finite("gradient", curve[-1]["gradient_norm"], trainer.state.global_step)
+    # A NaN is in the weights and so in the next loss, but for the last one; an infinite norm makes a step of nothing.
+    for row in curve:
+        if not math.isfinite(row["gradient_norm"]):
+            raise not_finite("gradient", row["gradient_norm"], row["step"])
     del model.forward
     return model, curve
