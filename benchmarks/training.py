@@ -11,8 +11,9 @@ student, which is the only way it has; `with_labelling` counts one labelling for
 weights are float32 and matrix products run in bfloat16 on both sides (--dtype float32 is for a CPU that has no
 instructions for it); batch, rows and epochs are the same. The first
 epoch warms up, the second is timed; speeds are its tokens, padding not counted, per second. TRL is measured in every
-setup of TRL, once; ours and its fastest then take turns, and ratios are those of medians. Memory is compared with
-the smallest peak of its setups. Peaks are of the whole process, the interpreter and its libraries included.
+setup of TRL, once; ours and its fastest then take turns, and ratios are those of medians. Memory is compared twice:
+both sides with gradient checkpointing, which is the smallest that either has, and both without. Peaks are of the whole
+process, the interpreter and its libraries included.
 
 The loss at gemma's vocabulary is measured alone, forward and backward: what its peak adds to the hidden states and
 the head. The naive one is the full KL of [tokens, vocabulary] logits, the teacher's among them. The head's gradient is
@@ -47,6 +48,7 @@ TRAINING = {"learning_rate": 5e-5, "weight_decay": 0.0}
 WARMUP = 0.06
 
 # Packing is not among them: it changes what a batch is. GKDTrainer pads by itself and refuses padding_free.
+CHECKPOINTING = "_checkpointing"
 TRL: dict[str, dict[str, Any]] = {
     "trl_ce_padding_free": {"padding_free": True, "max_length": None, "gradient_checkpointing": False},
     "trl_ce_grouped": {"group_by_length": True, "gradient_checkpointing": False},
@@ -104,7 +106,7 @@ def measure_training(train: Callable[[], Any], tokens: int) -> dict[str, float]:
     }
 
 
-def train_q2t(folder: Path, rows: Sequence[Any], distil: bool, dtype: Any) -> dict[str, float]:
+def train_q2t(folder: Path, rows: Sequence[Any], distil: bool, dtype: Any, **setup: Any) -> dict[str, float]:
     from torch import get_num_threads
 
     from q2t.config import Compute, load
@@ -112,13 +114,13 @@ def train_q2t(folder: Path, rows: Sequence[Any], distil: bool, dtype: Any) -> di
     from q2t.sources import load_model
 
     shared: dict[str, Any] = TRAINING | {"epochs": EPOCHS, "batch_size": BATCH, "warmup": WARMUP}
-    settings = load().distill.model_copy(update=shared | ({} if distil else {"alpha": 0.0}))
+    settings = load().distill.model_copy(update=shared | setup | ({} if distil else {"alpha": 0.0}))
     if not distil:
         none = {name: getattr(rows[0], name)[:0] for name in ("top_ids", "top_logprobs", "tail_logprob")}
         rows = [replace(row, **none) for row in rows]
     model = load_model(STUDENT)
     compute = Compute(threads=get_num_threads(), dtype=dtype, device="cpu")
-    places = {"checkpoints": folder / f"checkpoints-{distil}", "curve": folder / f"curve-{distil}.csv"}
+    places = {"checkpoints": folder / "checkpoints", "curve": folder / "curve.csv"}  # none is made in so few steps
     flops, tokens = needed(model, rows), sum(len(row.input_ids) for row in rows)
     more: dict[str, Any] = {"seed": 7, "compute": compute, "save_every": 10**6, **places}
     measured = measure_training(lambda: train(model, rows, settings, **more), tokens)
@@ -234,7 +236,7 @@ def measure(name: str, folder: Path, rows: int, dtype: str) -> dict[str, float]:
     distil = "_kd" in name
     if name in TRL:
         return train_trl(folder, chosen, distil, dtype, TRL[name])
-    return train_q2t(folder, chosen, distil, dtype)
+    return train_q2t(folder, chosen, distil, dtype, gradient_checkpointing=name.endswith(CHECKPOINTING))
 
 
 def section(results: dict[str, Any]) -> str:
@@ -246,7 +248,9 @@ def section(results: dict[str, Any]) -> str:
         "tokens a second, cross-entropy, against SFTTrainer": results["throughput_vs_trl_ce"],
         "tokens a second, distillation, against GKDTrainer off policy": results["throughput_vs_trl_kd"],
         "the same, one labelling for one epoch counted": results["throughput_vs_trl_kd_with_labelling"],
-        "peak memory of the process, distillation": results["memory_vs_trl_kd"],
+        "the same speed, ours with gradient checkpointing": results["throughput_vs_trl_kd_checkpointing"],
+        "peak memory of the process, distillation, both with gradient checkpointing": results["memory_vs_trl_kd"],
+        "the same, both without": results["memory_vs_trl_kd_without_checkpointing"],
         "share of the machine's matrix peak": results["share_of_matmul_peak"],
         "memory of the loss, vocabulary 262,144, hidden size 640 (gemma-3-270m)": loss["gemma3_270m"],
         f"the same at 2,560 (gemma-3-4b); the head's gradient is {share:.0%} of it": loss["gemma3_4b"],
@@ -300,25 +304,29 @@ def main() -> None:
     def fastest(kind: str) -> str:
         return max((name for name in TRL if kind in name), key=median)
 
+    def memory_ratio(setup: str) -> float:
+        return round(median("q2t_kd" + setup, "peak_mib") / median("trl_kd_grouped" + setup, "peak_mib"), 3)
+
     def loss_ratios(what: str) -> dict[str, float]:
         ratios = {n: median(f"loss_q2t_{n}", what) / median(f"loss_naive_{n}", what) for n in WIDTHS}
         return {size: round(ratio, 3) for size, ratio in ratios.items()}
 
     with tempfile.TemporaryDirectory() as folder:
         run("labels", "matmul", "q2t_ce", *(name for name in TRL if "_ce" in name))
-        run("q2t_kd", *(name for name in TRL if "_kd" in name))
+        run("q2t_kd", "q2t_kd" + CHECKPOINTING, *(name for name in TRL if "_kd" in name))
         for _ in range(1, given.rounds):
-            run("q2t_ce", fastest("_ce"), "q2t_kd", fastest("_kd"))
+            run("q2t_ce", fastest("_ce"), "q2t_kd", "q2t_kd" + CHECKPOINTING, fastest("_kd"))
         run("matmul", *(f"loss_{whose}_{size}" for size in WIDTHS for whose in ("q2t", "naive")))
 
     ce, kd = fastest("_ce"), fastest("_kd")
     labelled = 1 / (1 / median("q2t_kd") + 1 / median("labels"))
-    smallest = min(median(name, "peak_mib") for name in TRL if "_kd" in name)
     figures = {
         "throughput_vs_trl_ce": round(median("q2t_ce") / median(ce), 2),
         "throughput_vs_trl_kd": round(median("q2t_kd") / median(kd), 2),
         "throughput_vs_trl_kd_with_labelling": round(labelled / median(kd), 2),
-        "memory_vs_trl_kd": round(median("q2t_kd", "peak_mib") / smallest, 3),
+        "throughput_vs_trl_kd_checkpointing": round(median("q2t_kd" + CHECKPOINTING) / median(kd), 2),
+        "memory_vs_trl_kd": memory_ratio(CHECKPOINTING),
+        "memory_vs_trl_kd_without_checkpointing": memory_ratio(""),
         "share_of_matmul_peak": round(median("q2t_kd", "gflops") / max(one["peak"] for one in runs["matmul"]), 3),
         "loss_memory_vs_naive_262k": loss_ratios("peak_mib"),
         "loss_memory_vs_naive_262k_without_head_gradient": loss_ratios("without_head_gradient_mib"),

@@ -74,7 +74,7 @@ def train(
         ValueError: the loss or the gradient is not finite; names the step and the rows. The weights are
             those before that step. Or a phase has no rows.
     """
-    accelerator = _accelerator(compute)
+    accelerator = _accelerator(compute, settings)
     if sharded := sharding.asked_for() and accelerator.num_processes > 1:
         sharding.check(settings)
     attention = model.config._attn_implementation
@@ -242,7 +242,7 @@ def is_spike(norm: float, earlier: Sequence[float], factor: float | None) -> boo
     return factor is not None and len(earlier) >= FEWEST and norm > factor * statistics.median(earlier)
 
 
-def _accelerator(compute: Compute) -> Any:
+def _accelerator(compute: Compute, settings: Distill) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
@@ -253,8 +253,9 @@ def _accelerator(compute: Compute) -> Any:
     handlers = [
         # The others wait while the first one samples and labels the student's own answers.
         InitProcessGroupKwargs(timeout=timedelta(days=1)),
-        # Cached, the bfloat16 copies of all layers would stay in memory, where shards have one layer whole at a time.
-        AutocastKwargs(cache_enabled=not sharding.asked_for()),
+        # Cached, the bfloat16 copies of all layers would stay in memory, where shards have one layer whole at a time,
+        # and checkpoints one layer's activations.
+        AutocastKwargs(cache_enabled=not (sharding.asked_for() or settings.gradient_checkpointing)),
     ]
     cpu = torch.device(compute.device).type == "cpu"
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)

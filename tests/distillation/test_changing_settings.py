@@ -80,9 +80,19 @@ def test_other_weights_and_other_rows_resume_to_the_same_bytes(
     assert asked == ([(2, 22)] * 2 if "phases" in changes else [])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_that_are_computed_again_change_nothing(
-    run: Any, model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str,
+    run: Any,
+    model: Any,
+    rows: Any,
+    settings: Any,
+    compute: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Nor does it that each layer's weights are then cast when they are needed, and no copies kept."""
+    compute = compute.model_copy(update={"dtype": dtype})
     passes = []
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda *given: (passes.append(1), forward(*given))[1])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from q2t.config import Phase
+from q2t.config import OnPolicy, Phase
 from q2t.distillation import loop, objective
 from q2t.distillation.batches import collate
 
@@ -184,6 +184,7 @@ MORE_COUNTS = {
     "weights": {},
     "without labels": {},
     "phases": {"phases": [Phase(), Phase(epochs=1)]},
+    "own answers": {"on_policy": OnPolicy(teacher="t", max_new_tokens=9, batch_size=2, top_k=4)},
 }
 
 
@@ -196,7 +197,8 @@ def test_the_curve_has_weighted_terms_where_alpha_does_not_tell_them(
         return chosen if name == "weights" else [replace(row, weight=1.0) for row in chosen]
 
     changes = (ALPHA_TELLS | MORE_COUNTS)[name]
-    _, text = run(model, given, settings.model_copy(update=changes), compute, tmp_path)
+    sampler: dict[str, Any] = {"sampler": lambda *_: given(8)} if "on_policy" in changes else {}
+    _, text = run(model, given, settings.model_copy(update=changes), compute, tmp_path, **sampler)
     columns, *lines = (line.split(",") for line in text.decode().splitlines())
     assert columns == [*loop.CURVE, *(loop.MOVING if name in MORE_COUNTS else ())]
     told = [(1 - settings.alpha) * float(task) + settings.alpha * float(kl) for _, _, task, kl, *_ in lines]
