@@ -27,6 +27,7 @@ def main() -> None:
         metrics = {
             "model": name,
             **harness.score(judged, params.evaluate),
+            "held_out": harness.held_out(test, judged[: len(test)]),
             **harness.size(folder),
             "forgetting": {
                 "bits_per_byte": forgetting.bits_per_byte(model, general, references),

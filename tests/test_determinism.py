@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from q2t.config import Compute
-from q2t.determinism import seed_everything
+from q2t.determinism import AVX2, seed_everything
 
 CPU = Compute(threads=1, dtype="float32", device="cpu")
 
@@ -16,7 +16,9 @@ CPU = Compute(threads=1, dtype="float32", device="cpu")
 @pytest.fixture(autouse=True)
 def _leave_no_trace(monkeypatch):
     """The flags are global: other tests keep theirs."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    for name in ("CUBLAS_WORKSPACE_CONFIG", *AVX2):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_num_threads(threads)
@@ -63,3 +65,28 @@ def test_bfloat16_is_refused_on_a_cpu_without_it(able, monkeypatch):
     else:
         with pytest.raises(ValueError, match="compute.dtype is bfloat16.*set it to float32"):
             seed_everything(7, given)
+
+
+CAPABILITY = """
+import sys, torch
+from q2t.config import Compute
+from q2t.determinism import seed_everything
+seed_everything(7, Compute(threads=1, dtype=sys.argv[1], device="cpu"))
+print(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "environment", "instructions"),
+    [("float32", {}, "AVX2"), ("float32", {"ATEN_CPU_CAPABILITY": "default"}, "DEFAULT")],
+)
+def test_a_cpu_keeps_to_avx2_unless_told_otherwise(dtype, environment, instructions):
+    """In a process of its own, which imports torch before, as stages do."""
+    out = subprocess.run(
+        [sys.executable, "-c", CAPABILITY, dtype],
+        env={name: value for name, value in os.environ.items() if name not in AVX2} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert out.stdout.strip() == instructions

@@ -43,6 +43,11 @@ def make_families(names: list[str], parts: list[Part]) -> list[Family]:
     return made
 
 
+def is_held_out(problem: Problem) -> bool:
+    """Whether the problem has the operand value that its family keeps for test; False where a family keeps none."""
+    return FAMILIES[problem.family].is_held_out(problem)
+
+
 def verify(problem: Problem, answer: str) -> Verdict:
     """The verdict of the problem's own family on the text between the answer tags."""
     return FAMILIES[problem.family].verify(problem, answer)

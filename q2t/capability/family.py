@@ -21,6 +21,11 @@ class Family:
     held_out: ClassVar[tuple[str, Json] | None] = None
     """An operand and the value of it that occurs in test alone. Families of parts have whole parts held out."""
 
+    @classmethod
+    def is_held_out(cls, problem: Problem) -> bool:
+        """Whether the problem has the operand value that occurs in test alone."""
+        return cls.held_out is not None and problem.inputs[cls.held_out[0]] == cls.held_out[1]
+
     def for_split(self, split: Split) -> "Family":
         """The family as it may be asked in this split. Calculated families are told apart by their inputs alone."""
         return self

@@ -33,7 +33,7 @@ def pose(families: list[Family], settings: Capability, seed: int) -> dict[Split,
                     break
                 problem = asked.pose(rng, split, settings.grid)
                 wants_held_out = split == "test" and len(fresh) < wanted // HELD_OUT
-                if family.held_out and is_held_out(problem, family) != wants_held_out:
+                if family.held_out and family.is_held_out(problem) != wants_held_out:
                     continue
                 key = operands(problem)
                 if key not in seen:
@@ -52,10 +52,3 @@ def pose(families: list[Family], settings: Capability, seed: int) -> dict[Split,
     for problems in posed.values():
         random.Random(seed).shuffle(problems)
     return posed
-
-
-def is_held_out(problem: Problem, family: Family) -> bool:
-    """Whether the problem has the operand value that its family keeps for test."""
-    assert family.held_out
-    operand, value = family.held_out
-    return problem.inputs[operand] == value

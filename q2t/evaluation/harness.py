@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from q2t.capability.families import verify
+from q2t.capability.families import is_held_out, verify
 from q2t.config import Evaluate
 from q2t.curation.rules import repetition
 from q2t.curation.trajectory import Malformed, parse
@@ -112,6 +112,12 @@ def score(judged: list[Judged], settings: Evaluate) -> dict[str, Any]:
         "interval": list(accuracy_interval(verdicts, settings.confidence)),
         "truncated": sum(row.finish_reason == "length" for row in target) / len(target),
     }
+
+
+def held_out(problems: Sequence[Problem], judged: Sequence[Judged]) -> dict[str, int]:
+    """Right answers, and all, to the problems with an operand value that no other split has."""
+    verdicts = [bool(row.correct) for problem, row in zip(problems, judged, strict=True) if is_held_out(problem)]
+    return {"correct": sum(verdicts), "total": len(verdicts)}
 
 
 def degenerate(judged: list[Judged]) -> float:

@@ -64,6 +64,15 @@ def test_accuracy_is_the_mean_of_the_families_not_of_the_problems():
     assert low <= 0.45 <= high
 
 
+def test_held_out_problems_are_those_with_the_value_that_only_test_has():
+    (colours,) = make_families(["bands"], [])
+    operand, value = GAIN.held_out
+    others = [PROBLEM.model_copy(update={"inputs": PROBLEM.inputs | {operand: other}}) for other in (value, value + 1)]
+    problems = [others[0], others[1], others[0], colours.pose(random.Random(0))]
+    verdicts = [judged("gain", True), judged("gain", True), judged("gain", False), judged("bands", True)]
+    assert harness.held_out(problems, verdicts) == {"correct": 1, "total": 2}
+
+
 def test_degenerate_answers_are_empty_or_repeat():
     good = "The river Rhine runs from the Alps to the North Sea through several countries."
     rows = [judged("general", None, text=t, domain="general") for t in (good, "", "so it goes " * 40, good)]

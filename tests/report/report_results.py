@@ -210,6 +210,7 @@ def _answers(reports: Path, name: str) -> None:
             "bytes": BYTES[name] * 1_000_000,
             "forgetting": {"bits_per_byte": 0.7 + RIGHT[name] / 20, "degenerate": RIGHT[name] / 50},
             "truncated": 0.02,
+            "held_out": {"correct": RIGHT[name] // 2, "total": 10},
         },
     )
 

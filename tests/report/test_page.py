@@ -86,6 +86,7 @@ def test_every_section_has_its_figures(html: str) -> None:
         "int8 reaches 40.0% accuracy on 100 unseen problems, its teacher 65.0%",
         "61.5% retained, at 64 MB instead of 269 MB (24%).",
         "Judged by free text, base with worked examples 10.0%; blind guesses 6.7%.",
+        "the teacher solves\n8 and int8 6 (60.0%, 31.3–83.2%)",
         "Expected: 470 ohm.",
         "✗ wrong value: 460 ohm",
         "(wrong value 1,500, wrong part 300)",

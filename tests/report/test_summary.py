@@ -22,6 +22,7 @@ def test_figures_and_order(results: Results) -> None:
     assert built["student"]["retention"] == pytest.approx(0.55 / 0.65)
     low, high = built["student"]["retention_interval"]
     assert low < 0.55 / 0.65 < high <= 1
+    assert built["student"]["held_out"]["correct"] == 7 and built["student"]["held_out"]["accuracy"] == 0.7
     led = built["student"]["families"]["led"]
     assert (led["correct"], led["total"], led["accuracy"]) == (11, 20, 0.55)
     assert led["interval"][0] < 0.55 < led["interval"][1]
