@@ -198,6 +198,6 @@ def specialize(
     # A NaN is in the weights and so in the next loss, but for the last one; an infinite norm makes a step of nothing.
     for row in curve:
         if not math.isfinite(row["gradient_norm"]):
-            raise not_finite("gradient", row["gradient_norm"], row["step"])
+            raise not_finite("gradient", row["gradient_norm"], int(row["step"]))
     del model.forward
     return model, curve
