@@ -32,6 +32,9 @@ RESULTS = Path("reports/ablations")
 SIZES = ("teacher", "student", "pruned")
 """The models of the quickstart itself in the table of sizes; its quantised ones have pruned's parameters."""
 
+SEEDS = {"student": "seeds", "int8": "final"}
+"""By the quickstart's model, the group with those of other orders of the rows."""
+
 BASIC = ("cross-entropy only", "default", "seed 8", "seed 9")
 """Controls that the table of methods begins with: the default and its spread."""
 
@@ -280,11 +283,13 @@ def sizes(root: Path = Path(".")) -> str:
 
 
 def seeds(root: Path = Path(".")) -> str:
-    """The table of the quickstart's student and those of other orders of its rows; how far apart, once all were run."""
-    rows = _with_quickstart(("student",), "seeds", root)
-    lines = [_table(rows)]
-    if {"student", *(each.name for each in experiments("seeds"))} == set(rows):
-        lines += ["", _moved(list(rows), [row["accuracy"] for row in rows.values()])]
+    """The table of the quickstart's students and those of other orders of the rows; and how far apart they are."""
+    found = {group: _with_quickstart((model,), group, root) for model, group in SEEDS.items()}
+    lines = [_table({name: row for rows in found.values() for name, row in rows.items()})]
+    for model, group in SEEDS.items():
+        rows = found[group]
+        if {model, *(each.name for each in experiments(group))} == set(rows):
+            lines += ["", _moved(list(rows), [row["accuracy"] for row in rows.values()])]
     return "\n".join(lines)
 
 

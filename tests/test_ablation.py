@@ -70,7 +70,7 @@ def write(root, group, **accuracies):
     """Results from the present models, problems and settings, and the dvc.lock and params.yaml that name these."""
     outs = [{"path": path, "md5": path} for path in ("models/teacher", "models/untrained", "models/student")]
     deps = [{"path": "data/prompts/test.jsonl", "md5": "asked"}, *outs]
-    stages = {f"evaluate@{model}": {"cmd": "python", "deps": deps} for model in ("student", "pruned")}
+    stages = {f"evaluate@{model}": {"cmd": "python", "deps": deps} for model in ("student", "pruned", "int8")}
     YAML().dump({"stages": {"all": {"outs": outs}, **stages}}, root / "dvc.lock")
     YAML().dump(PRESENT, root / "params.yaml")
     for each in ablation.experiments(group):
@@ -186,17 +186,25 @@ def test_methods_stand_below_the_controls_that_they_are_compared_with(tmp_path):
 def test_other_orders_stand_below_the_quickstarts_student_and_say_how_far_they_differ(tmp_path):
     model = {"accuracy": 0.9, "interval": [0.8, 1.0], "parameters": 95_700_000, "bytes": 383_000_000}
     (tmp_path / "reports").mkdir()
-    (tmp_path / "reports/summary.json").write_text(json.dumps({"student": model, "pruned": model}))
+    (tmp_path / "reports/summary.json").write_text(json.dumps({"student": model, "pruned": model, "int8": model}))
     write(tmp_path, "seeds", student_of_seed_8=0.8)
     assert [line.split(" | ")[0] for line in ablation.seeds(tmp_path).splitlines()[2:]] == [
         "| student",
         "| student of seed 8",
+        "| int8",
     ]
     write(tmp_path, "seeds", student_of_seed_9=0.7)
     said = "The order of the rows alone (student, student of seed 8, student of seed 9) moves accuracy between "
     assert ablation.seeds(tmp_path).splitlines()[-1] == said + "70.0% and 90.0%, mean 80.0%."
+    write(tmp_path, "final", int8_of_seed_8=0.6, int8_of_seed_9=0.75)
+    assert ablation.seeds(tmp_path).splitlines()[-3:] == [
+        said + "70.0% and 90.0%, mean 80.0%.",
+        "",
+        said.replace("student", "int8") + "60.0% and 90.0%, mean 75.0%.",
+    ]
     change(tmp_path / "reports/ablations/student-of-seed-9.json", "problems", "others")
-    assert ablation.seeds(tmp_path).splitlines()[-1] == ablation.FOOTNOTE
+    lines = ablation.seeds(tmp_path).splitlines()
+    assert ablation.FOOTNOTE in lines and not any(line.startswith(said) for line in lines)
 
 
 def test_sizes_stand_below_the_quickstarts_own_models(tmp_path):
