@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "curriculum, hard rows first": {"curriculum": 1.0},
     "curriculum, easy rows first": {"curriculum": -1.0},
     "answer over reasoning": {"reasoning": 0.1},
+    "the teacher alone": {"teacher_only": ["target"]},
     "the whole distribution": {"alpha": 1.0, "online": Online(teacher=TEACHER, logits=True)},
     "hidden states, cosine": {"online": Online(teacher=TEACHER, hidden=PAIRS)},
     "hidden states, MSE": {"online": Online(teacher=TEACHER, hidden=PAIRS, distance="mse")},
