@@ -47,8 +47,8 @@ BATCH, EPOCHS = 8, 2
 TRAINING = {"learning_rate": 5e-5, "weight_decay": 0.0}
 WARMUP = 0.06
 
-# Packing is not among them: it changes what a batch is. GKDTrainer pads by itself and refuses padding_free.
 CHECKPOINTING = "_checkpointing"
+# Packing is not among them: it changes what a batch is. GKDTrainer pads by itself and refuses padding_free.
 TRL: dict[str, dict[str, Any]] = {
     "trl_ce_padding_free": {"padding_free": True, "max_length": None, "gradient_checkpointing": False},
     "trl_ce_grouped": {"group_by_length": True, "gradient_checkpointing": False},
@@ -248,8 +248,8 @@ def section(results: dict[str, Any]) -> str:
         "tokens a second, cross-entropy, against SFTTrainer": results["throughput_vs_trl_ce"],
         "tokens a second, distillation, against GKDTrainer off policy": results["throughput_vs_trl_kd"],
         "the same, one labelling for one epoch counted": results["throughput_vs_trl_kd_with_labelling"],
-        "the same speed, ours with gradient checkpointing": results["throughput_vs_trl_kd_checkpointing"],
-        "peak memory of the process, distillation, both with gradient checkpointing": results["memory_vs_trl_kd"],
+        "distillation with gradient checkpointing, against its fastest": results["throughput_vs_trl_kd_checkpointing"],
+        "peak memory, distillation, both with gradient checkpointing": results["memory_vs_trl_kd"],
         "the same, both without": results["memory_vs_trl_kd_without_checkpointing"],
         "share of the machine's matrix peak": results["share_of_matmul_peak"],
         "memory of the loss, vocabulary 262,144, hidden size 640 (gemma-3-270m)": loss["gemma3_270m"],
@@ -283,17 +283,8 @@ def main() -> None:
     def run(*names: str) -> None:
         for name in names:
             # This process imports no torch: what it holds would count in the peaks of those it starts.
-            command = [
-                sys.executable,
-                __file__,
-                "--rows",
-                str(given.rows),
-                "--dtype",
-                given.dtype,
-                "--only",
-                name,
-                folder,
-            ]
+            command = [sys.executable, __file__, "--rows", str(given.rows), "--dtype", given.dtype]
+            command += ["--only", name, folder]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             runs.setdefault(name, []).append(json.loads(output.splitlines()[-1]))
             print(name, runs[name][-1], file=sys.stderr)

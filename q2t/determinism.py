@@ -13,9 +13,8 @@ def seed_everything(seed: int, compute: Compute) -> None:
     """Seed Python, NumPy and torch, fix the threads, and refuse kernels that are not deterministic.
 
     Equal seeds, threads, dtype, device and package versions then give equal bits. Threads count because they
-    decide how a sum is split. So does the width of vectors: in float32 a CPU computes by AVX2 even if it has AVX-512,
-    but where the environment names other instructions (AVX2's variables). Call it first in a stage: the libraries read
-    their settings once.
+    decide how a sum is split. So does the width of vectors: in float32 torch computes by AVX2 on a CPU that has AVX-512
+    too; ONNX Runtime chooses its own. Call it first in a stage: the libraries read their settings once.
 
     Seeds from 0 to 2**32 - 1, the range that NumPy takes.
 
@@ -24,8 +23,7 @@ def seed_everything(seed: int, compute: Compute) -> None:
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if compute.device == "cpu" and compute.dtype == "float32":
-        for name, instructions in AVX2.items():
-            os.environ.setdefault(name, instructions)
+        os.environ.update(AVX2)
 
     import numpy
     import torch

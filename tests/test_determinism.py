@@ -71,22 +71,32 @@ CAPABILITY = """
 import sys, torch
 from q2t.config import Compute
 from q2t.determinism import seed_everything
+torch.ops.mkldnn._is_mkldnn_bf16_supported, able = lambda: True, torch.ops.mkldnn._is_mkldnn_bf16_supported
 seed_everything(7, Compute(threads=1, dtype=sys.argv[1], device="cpu"))
-print(torch.backends.cpu.get_cpu_capability())
+print(torch.backends.cpu.get_cpu_capability(), able())
 """
 
 
-@pytest.mark.parametrize(
-    ("dtype", "environment", "instructions"),
-    [("float32", {}, "AVX2"), ("float32", {"ATEN_CPU_CAPABILITY": "default"}, "DEFAULT")],
-)
-def test_a_cpu_keeps_to_avx2_unless_told_otherwise(dtype, environment, instructions):
-    """In a process of its own, which imports torch before, as stages do."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cpu_keeps_to_avx2_in_float32_alone(dtype):
+    """In processes of their own, which import torch before, as stages do; told otherwise, so that AVX2 is a change."""
+    environment = {name: value for name, value in os.environ.items() if name not in AVX2}
+    told = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "DEFAULT"}
     out = subprocess.run(
         [sys.executable, "-c", CAPABILITY, dtype],
-        env={name: value for name, value in os.environ.items() if name not in AVX2} | environment,
+        env=environment | told,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert out.stdout.strip() == instructions
+    level, able = out.stdout.split()
+    assert level == ("AVX2" if dtype == "float32" else "DEFAULT")
+    assert dtype == "bfloat16" or able == "False"
+
+
+def test_it_is_said_in_the_variables_that_the_libraries_read(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    seed_everything(7, Compute(threads=1, dtype="bfloat16", device="cpu"))
+    assert not AVX2.keys() & os.environ.keys()
+    seed_everything(7, CPU)
+    assert os.environ["MKL_ENABLE_INSTRUCTIONS"] == os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX2"

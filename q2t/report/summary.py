@@ -45,7 +45,7 @@ def build(reports: Path, models: Iterable[str], *, resamples: int, confidence: f
             kept, known, resamples=resamples, confidence=confidence, seed=seed
         )
         entry["families"] = _counted(metrics["families"], confidence)
-        if metrics.get("held_out", {}).get("total"):
+        if metrics["held_out"]["total"]:
             entry |= _counted({"held_out": metrics["held_out"]}, confidence)
         if "lenient" in metrics:
             entry["chance"] = {"accuracy": fmean(metrics["chance"].values()), "families": metrics["chance"]}

@@ -195,7 +195,8 @@ def specialize(
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
-    # A NaN is in the weights and so in the next loss, but for the last one; an infinite norm makes a step of nothing.
+    # A NaN is in the weights and so in the next loss, but for the last one. A norm that overflows over finite gradients
+    # makes a step of nothing, which no loss shows; the curve has the norm of one step in LOG_EVERY.
     for row in curve:
         if not math.isfinite(row["gradient_norm"]):
             raise not_finite("gradient", row["gradient_norm"], int(row["step"]))

@@ -31,7 +31,8 @@ def test_body_has_the_figures(results: Results) -> None:
     assert "| gain | 0.0% | 10.0% | 75.0% | 0.0% | 65.0% | 55.0% | 55.0% | 50.0% | 0.0% |" in text
     assert "2,310 answers; 2,190 more were rejected" in text
     assert (
-        "10 of them have an operand value that no training problem has: 6 of these were solved (the teacher 8)" in text
+        "10 have an operand value that no training problem of their family has: 6 of these were solved (the teacher 8)"
+        in text
     )
     assert "found right by rules" in text
     assert "{{" not in text and "None" not in text

@@ -127,6 +127,20 @@ def test_a_run_that_falls_apart_stops(source, tmp_path, monkeypatch, step, what)
         run(source, tmp_path, lessons=LESSONS[:9])
 
 
+def test_a_norm_that_overflows_is_found_in_the_curve(source, tmp_path, monkeypatch):
+    """The gradient is finite and the loss goes on; a row in the middle of the curve is the one that shows it."""
+    clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def overflowing(*arguments, **named):
+        steps.append(clip(*arguments, **named))
+        return torch.tensor(torch.inf) if len(steps) == 5 else steps[-1]
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflowing)
+    with pytest.raises(ValueError, match="specialize: the gradient is inf at step 5: lower specialize.learning_rate"):
+        run(source, tmp_path, lessons=LESSONS[:28])
+    assert len(steps) > 5
+
+
 def stop_at(patched, owner, name, call, error):
     """The given call of a function ends with the error instead."""
     original, calls = getattr(owner, name), []
