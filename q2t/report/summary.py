@@ -44,13 +44,12 @@ def build(reports: Path, models: Iterable[str], *, resamples: int, confidence: f
         entry["retention_interval"] = retention_interval(
             kept, known, resamples=resamples, confidence=confidence, seed=seed
         )
-        entry["families"] = _counted(metrics["families"], confidence)
-        if metrics["held_out"]["total"]:
-            entry |= _counted({"held_out": metrics["held_out"]}, confidence)
+        entry["families"] = _families(metrics["families"], confidence)
+        entry["held_out"] = _share(metrics["held_out"], confidence) if metrics["held_out"]["total"] else None
         if "lenient" in metrics:
             entry["chance"] = {"accuracy": fmean(metrics["chance"].values()), "families": metrics["chance"]}
             lenient = {key: metrics["lenient"][key] for key in ("accuracy", "interval")}
-            entry["lenient"] = lenient | {"families": _counted(metrics["lenient"]["families"], confidence)}
+            entry["lenient"] = lenient | {"families": _families(metrics["lenient"]["families"], confidence)}
         summary[name] = dict(sorted(entry.items()))
     publish(reports / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
@@ -109,16 +108,17 @@ def estimate(value: float | None, interval: Sequence[float] | None) -> str:
     return f"{percent(value)} ({span(interval)})" if interval else percent(value)
 
 
-def _counted(counted: Mapping[str, Mapping[str, int]], confidence: float) -> dict[str, dict[str, Any]]:
-    """Counts with their accuracy and Wilson interval, by the name of their problems."""
+def _families(counted: Mapping[str, Mapping[str, int]], confidence: float) -> dict[str, dict[str, Any]]:
+    return {family: _share(counts, confidence) for family, counts in sorted(counted.items())}
+
+
+def _share(counts: Mapping[str, int], confidence: float) -> dict[str, Any]:
+    """Counts with their accuracy and Wilson interval."""
     return {
-        name: {
-            "accuracy": counts["correct"] / counts["total"],
-            "correct": counts["correct"],
-            "interval": wilson_interval(counts["correct"], counts["total"], confidence),
-            "total": counts["total"],
-        }
-        for name, counts in sorted(counted.items())
+        "accuracy": counts["correct"] / counts["total"],
+        "correct": counts["correct"],
+        "interval": wilson_interval(counts["correct"], counts["total"], confidence),
+        "total": counts["total"],
     }
 
 

@@ -182,6 +182,13 @@ def test_failed_checks_come_first(results: Results) -> None:
     assert examples["checks"][1]["seen"] == "0 of 2,310 unexpected"
 
 
+def test_a_run_that_held_nothing_out_says_nothing_of_it(results: Results) -> None:
+    """As profile `smoke`, whose test split is too small."""
+    for path in (results.reports / "metrics").glob("evaluate_*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"held_out": {"correct": 0, "total": 0}}))
+    assert "operand value" not in _render(results)
+
+
 def test_a_run_without_optional_parts(results: Results) -> None:
     for folder in ("curves", "quality"):
         for path in (results.reports / folder).iterdir():
