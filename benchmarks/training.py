@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/training.py
 
-writes benchmarks/results/training.json and the table of docs/distillation.md, in about 12 minutes on 2 cores, 16 with
-`--rounds 4`. It needs models/sources/smollm2, the student; models/teacher, of the same 49,152 tokens; and
-data/filtered. Everything measured runs in a process of its own, so that its peak memory is its own.
+writes benchmarks/results/training.json and the table of docs/distillation.md, in about 12 minutes on 2 cores. It needs
+models/sources/smollm2, the student; models/teacher, of the same 49,152 tokens; and data/filtered. Everything measured
+runs in a process of its own, so that its peak memory is its own.
 
 Ours distils from stored labels, TRL (GKDTrainer, off-policy, forward KL) from the teacher itself beside the
 student, which is the only way it has; `with_labelling` counts one labelling for one epoch to our disfavour. The
@@ -120,7 +120,7 @@ def train_q2t(folder: Path, rows: Sequence[Any], distil: bool, dtype: Any, **set
         rows = [replace(row, **none) for row in rows]
     model = load_model(STUDENT)
     compute = Compute(threads=get_num_threads(), dtype=dtype, device="cpu")
-    places = {"checkpoints": folder / "checkpoints", "curve": folder / "curve.csv"}  # none is made in so few steps
+    places = {"checkpoints": folder / "checkpoints", "curve": folder / "curve.csv"}
     flops, tokens = needed(model, rows), sum(len(row.input_ids) for row in rows)
     more: dict[str, Any] = {"seed": 7, "compute": compute, "save_every": 10**6, **places}
     measured = measure_training(lambda: train(model, rows, settings, **more), tokens)
