@@ -78,9 +78,13 @@ def ask(arguments: argparse.Namespace) -> None:
         raise ValueError(f"there is no model in {arguments.model}: run `dvc repro` or `dvc pull {arguments.model}`")
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of torch, which reads it when it is imported
     from q2t.config import Compute
+    from q2t.determinism import seed_everything
+
+    compute = Compute(threads=arguments.threads, dtype="float32", device="cpu")
+    seed_everything(0, compute)  # as `evaluate` does, whose words it gives
     from q2t.deployment.runtime import load
 
-    runtime = load(arguments.model, Compute(threads=arguments.threads, dtype="float32", device="cpu"))
+    runtime = load(arguments.model, compute)
     for piece in runtime.stream(arguments.question, max_new_tokens=ANSWER):
         print(piece, end="", flush=True)
     print()

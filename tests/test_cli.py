@@ -316,8 +316,11 @@ def test_ask_streams_the_answer(tmp_path, monkeypatch, capsys):
 
     runtime.load = load
     monkeypatch.setitem(sys.modules, "q2t.deployment.runtime", runtime)
+    monkeypatch.setattr("q2t.determinism.seed_everything", lambda seed, compute: seeded.append(compute.dtype))
+    seeded = []
     assert cli.main(["ask", "why?", "--model", str(tmp_path), "--threads", "1"]) == 0
     assert capsys.readouterr().out == f"why? {tmp_path.name} 1\n"
+    assert seeded == ["float32"], "it keeps to the instructions that the stages keep to"
 
 
 def test_ask_without_a_model_says_how_to_get_one(here, capsys):

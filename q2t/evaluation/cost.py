@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q2t.config import PARAMS, Compute, load
+from q2t.determinism import seed_everything
 from q2t.records import Problem, read_jsonl
 
 if TYPE_CHECKING:
@@ -81,11 +82,8 @@ def measure_model(folder: Path, compute: Compute, questions: Sequence[str]) -> d
 
 
 def _measure_here(folder: Path, compute: Compute, questions: Sequence[str]) -> dict[str, float]:
-    import torch
-
     from q2t.deployment.runtime import load
 
-    torch.set_num_threads(compute.threads)
     runtime = load(folder, compute)
     _ask(runtime, questions[0])  # warm-up: allocators, kernels that are chosen at first use
     first, rest = zip(*(_ask(runtime, question) for question in questions), strict=True)
@@ -144,5 +142,7 @@ def peak_memory_mb() -> float:
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    figures = _measure_here(Path(sys.argv[1]), Compute(**request["compute"]), request["questions"])
+    compute = Compute(**request["compute"])
+    seed_everything(0, compute)  # threads and instructions are those of the stages
+    figures = _measure_here(Path(sys.argv[1]), compute, request["questions"])
     print(json.dumps(figures, sort_keys=True))
