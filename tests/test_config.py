@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from q2t.config import Source, load
+from q2t.config import Adapter, Online, OnPolicy, Source, load
 
 PARAMS = Path("params.yaml")
 
@@ -199,6 +199,22 @@ def test_numbers_that_dvc_writes_are_numbers(tmp_path):
     text = PARAMS.read_text().replace("learning_rate: 5.0e-4", "learning_rate: 5e-05")
     (tmp_path / "params.yaml").write_text(text)
     assert load(tmp_path / "params.yaml").distill.learning_rate == 5e-5
+
+
+def test_a_key_that_is_left_out_means_what_it_meant():
+    """No stage depends on q2t/config: DVC would take a run by an older default for one by another."""
+    beside, own = Online(**BESIDE).model_dump(), OnPolicy(**OWN).model_dump()
+    assert Adapter(kind="lora", modules=["q_proj"]).model_dump(include={"rank", "alpha"}) == {"rank": 16, "alpha": 32}
+    assert own.items() - OWN.items() == {("temperature", 1.0)}
+    assert {key: beside[key] for key in beside.keys() - BESIDE.keys()} == {
+        "hidden": [],
+        "distance": "cosine",
+        "hidden_weight": 1.0,
+        "attention": [],
+        "attention_weight": 1.0,
+        "spans": None,
+        "spans_weight": 1.0,
+    }
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,10 @@ def test_an_endpoint_is_asked_once_and_learnt_from_by_its_words(first, monkeypat
         run(first, "python", "-m", "stages.label")
         rows = labels.read(first / "data/soft_labels/labels.parquet")
         assert len(rows) == len(solutions) and not any(len(row.top_ids) for row in rows)
+        mixed = answers_it.replace("beside: {}", "beside: {models/sources/tiny: 0.25}")
+        (first / "params.yaml").write_text(mixed)
+        done = subprocess.run([sys.executable, "-m", "stages.label"], cwd=first, capture_output=True, text=True)
+        assert "label.beside has no effect" in done.stderr
     finally:
         (first / "params.yaml").write_text(before)
         shutil.rmtree(first / "models/gpt")

@@ -103,7 +103,7 @@ class OnPolicy(Section):
     temperature: float = Field(default=1.0, gt=0)
     max_new_tokens: int = Field(gt=0)
     batch_size: int = Field(gt=0)
-    """Of sampling."""
+    """Of sampling, and of labelling what was sampled."""
     top_k: int = Field(gt=0)
     """Tokens that a label keeps, as in `label`."""
 

@@ -381,11 +381,23 @@ def test_qwen3_teaches_gemma3_in_tokens_of_its_own(spans: str, dtype: str, compu
     assert 0 < values[-1] < 0.9 * values[0]
 
 
-@pytest.mark.parametrize("logits, adapter", [(False, None), (True, None), (True, LORA)], ids=["", "logits", "adapter"])
-def test_a_run_with_projections_resumes_to_the_same_bytes_and_learns(
-    logits: bool,
+@pytest.mark.parametrize(
+    "asked, adapter, falling",
+    [
+        (FEATURES, None, ("hidden", "attention")),
+        (FEATURES | {"logits": True}, None, ("hidden", "attention", "kl")),
+        (FEATURES | {"logits": True}, LORA, ("hidden", "attention", "kl")),
+        ({"spans": "matched", "spans_weight": 50.0}, None, ("spans",)),  # against words that a random teacher denies
+        ({"spans": "uld", "spans_weight": 50.0}, None, ("spans",)),
+    ],
+    ids=["features", "logits", "adapter", "matched", "uld"],
+)
+def test_a_run_with_a_teacher_beside_resumes_to_the_same_bytes_and_learns(
+    asked: dict[str, Any],
     adapter: Any,
+    falling: tuple[str, ...],
     beside: Any,
+    tokenizer: Any,
     run: Any,
     settings: Any,
     compute: Any,
@@ -395,7 +407,9 @@ def test_a_run_with_projections_resumes_to_the_same_bytes_and_learns(
 ) -> None:
     def train(folder: str, save_every: int = 2) -> Any:
         student = network(0, torch.float32, BYTES, hidden_size=16)
-        teacher, rows = beside(network(1, torch.float32), student, logits=logits, **FEATURES)
+        teacher, rows = beside(
+            network(1, torch.float32), student, tokenizer(ORDER) if "spans" in asked else None, **asked
+        )
         given = settings.model_copy(update={"online": teacher.settings, "epochs": 12, "schedule": "constant"})
         given = given.model_copy(update={"adapter": adapter, "balance": adapter is not None})
         more = {"teacher": teacher, "save_every": save_every}
@@ -410,7 +424,7 @@ def test_a_run_with_projections_resumes_to_the_same_bytes_and_learns(
     assert train("killed") == whole
     lines = [line.split(",") for line in whole[1].decode().splitlines()]
     assert lines[0] == [*loop.CURVE, *loop.MOVING, *loop.ONLINE]
-    for column in ("hidden", "attention", *["kl"] * logits):
+    for column in falling:
         values = [float(line[lines[0].index(column)]) for line in lines[1:]]
         assert sum(values[-4:]) < (0.9 if adapter else 0.8) * sum(values[:4])
 

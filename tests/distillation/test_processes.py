@@ -13,7 +13,7 @@ import torch
 from conftest import teacher_beside
 from safetensors.torch import load_model
 
-from q2t.config import Adapter, OnPolicy, Phase
+from q2t.config import Adapter, Distill, OnPolicy, Phase
 from q2t.distillation import loop, sharding
 from q2t.sources import save_model
 
@@ -21,15 +21,22 @@ ON_POLICY = OnPolicy(teacher="models/teacher", max_new_tokens=8, batch_size=4, t
 ROWS = 20
 """In steps of eight, each of two micro-batches but the last: it leaves the second process nothing to do."""
 CHILD = f"""
-import json, os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from conftest import SETTINGS, make_rows, teacher_beside, tiny_model, weights
-from q2t.config import Compute
+from q2t.config import Compute, Distill
 from q2t.distillation import checkpoint, loop, sharding
 folder, at, more = Path(sys.argv[1]), int(sys.argv[3]), json.loads(sys.argv[4])
 at_once = more.pop("at_once", 1)
 loop.batches.at_once = lambda *_, **__: at_once
+plan, away = loop.phases.plan, more.pop("away", None)
+def taking_back(*given, **named):
+    if away and os.environ["RANK"] == "0":
+        time.sleep(2)
+        (folder / away).rename(folder / "checkpoints")
+    return plan(*given, **named)
+loop.phases.plan = taking_back
 save = checkpoint.save
 def dying(checkpoints, step, objective, *rest, write):
     own = sum(getattr(p, "_local_tensor", p).numel() for p in objective.parameters())
@@ -38,12 +45,15 @@ def dying(checkpoints, step, objective, *rest, write):
     if step == at and write:
         os.kill(os.getpid(), {int(signal.SIGKILL)})
 checkpoint.save = dying
+def sampler(model, chosen, asked, phase, journal):
+    (folder / f"sampled-{{os.environ['RANK']}}").touch()
+    return make_rows(9, seed=phase)
 compute = Compute(threads=1, dtype="float32", device="cpu")
 model, rows, teacher, asked = tiny_model(), make_rows({ROWS}, unlabelled_every=5), None, more.pop("online", None)
-settings = SETTINGS.model_copy(update={{"batch_size": 8, **more}})
+settings = Distill.model_validate(SETTINGS.model_dump() | {{"batch_size": 8, **more}})
 if asked:
     settings, model, rows, teacher = teacher_beside(folder.parent / "teacher", asked, settings, compute)
-model = loop.train(model, rows, settings, seed=3, compute=compute, teacher=teacher,
+model = loop.train(model, rows, settings, seed=3, compute=compute, teacher=teacher, sampler=sampler,
     checkpoints=folder / "checkpoints", curve=folder / "curve.csv", save_every=2)
 assert loop.torch.distributed.get_world_size() == 2
 weights(model, folder / f"model-{{os.environ['RANK']}}")
@@ -62,7 +72,8 @@ def launch(folder: Path, die_at: int = 0, sharded: bool = False, **more: Any) ->
     starter = [sys.executable, "-m", "accelerate.commands.launch", *how]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [*starter, str(script), str(folder), str(here), str(die_at), json.dumps(more)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    # Processes that don't do the same steps wait for each other for good.
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
 def succeed(*given: Any, **named: Any) -> None:
@@ -133,6 +144,31 @@ def test_so_they_do_with_two_micro_batches_in_a_pass(
     assert both == [pytest.approx(line, rel=1e-4) for line in alone]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"adapter": {"kind": "lora", "rank": 4, "modules": ["q_proj", "down_proj"]}},
+        {"sparsity": 0.01},
+        {"phases": [{}, {"epochs": 1, "on_policy": ON_POLICY.model_dump()}]},
+    ],
+    ids=["adapter", "sparsity", "on policy"],
+)
+def test_so_they_do_in_what_shards_refuse(
+    more: dict[str, Any], model: Any, rows: Any, settings: Any, compute: Any, tmp_path: Path
+) -> None:
+    succeed(tmp_path, **more)
+    given = Distill.model_validate(settings.model_dump() | {"batch_size": 8, **more})
+    own = {"sampler": lambda model, chosen, asked, phase, journal: rows(9, seed=phase)}
+    places = {"checkpoints": tmp_path / "alone", "curve": tmp_path / "alone" / "curve.csv"}
+    loop.train(model(), rows(ROWS, unlabelled_every=5), given, seed=3, compute=compute, **own, **places)
+    alone, both = curve(tmp_path / "alone"), curve(tmp_path)
+    assert len(alone) == (8 if "phases" in more else 6)
+    assert both == [pytest.approx(line, rel=1e-4) for line in alone]
+    assert (tmp_path / "model-0").read_bytes() == (tmp_path / "model-1").read_bytes()
+    sampled = [path.name for path in tmp_path.glob("sampled-*")]
+    assert sampled == ["sampled-0"] * ("phases" in more), "one process asks, and the other reads what came of it"
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_resume_to_the_same_bytes(sharded: bool, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     together = request.getfixturevalue("shards" if sharded else "two")
@@ -141,6 +177,14 @@ def test_two_processes_resume_to_the_same_bytes(sharded: bool, request: pytest.F
     succeed(tmp_path, sharded=sharded)
     for name in ("curve.csv", "model-0", "model-1"):
         assert (tmp_path / name).read_bytes() == (together / name).read_bytes()
+
+
+def test_no_process_resumes_before_the_first_has_taken_the_checkpoints_back(two: Path, tmp_path: Path) -> None:
+    assert launch(tmp_path, die_at=4).returncode != 0
+    (tmp_path / "checkpoints").rename(tmp_path / "kept")
+    succeed(tmp_path, away="kept")
+    for name in ("curve.csv", "model-0", "model-1"):
+        assert (tmp_path / name).read_bytes() == (two / name).read_bytes()
 
 
 def test_a_process_keeps_its_share_alone(two: Path, shards: Path) -> None:
