@@ -51,6 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "hidden states, cosine": {"online": Online(teacher=TEACHER, hidden=PAIRS)},
     "hidden states, MSE": {"online": Online(teacher=TEACHER, hidden=PAIRS, distance="mse")},
     "attention maps": {"online": Online(teacher=TEACHER, attention=PAIRS)},
+    "spans, matched": {"alpha": 0.0, "online": Online(teacher=TEACHER, spans="matched")},
+    "spans, ULD": {"alpha": 0.0, "online": Online(teacher=TEACHER, spans="uld")},
     "own answers in a last phase": {"phases": [Phase(epochs=2), Phase(epochs=2, learning_rate=5e-4, on_policy=OWN)]},
     "LoRA": {"adapter": Adapter(kind="lora", modules=MODULES), "learning_rate": 0.01},
     "IA3": {"adapter": Adapter(kind="ia3", modules=["k_proj", "v_proj", "down_proj"]), "learning_rate": 0.03},

@@ -176,11 +176,14 @@ def section(length: int = 1024, kept: float = 0.5, gpus: int = 8, price: float =
     with torch.device("meta"):
         rows = steps(params, length, kept, gpus, share)
         sizes = [f"{model.parameters / 1e9:.2f}" for model in (r1(), gemma())]
+        pruned = gemma(params.initialize.layers, params.prune.intermediate, params.initialize.vocabulary).parameters
     said = (
         f"The teacher has {sizes[0]} billion parameters, gemma {sizes[1]}. Answers of {length:,} tokens, "
         f"{kept:.0%} of them kept, {gpus} devices for distill and prune and one for the rest, "
         f"{price:.2f} $ an hour, {share:.0%} of the peak. A batch lasts as long as its longest answer, taken as "
-        "max_new_tokens; the general prompts, `label` and the other models of `evaluate` come on top:"
+        "max_new_tokens; the general prompts, `label` and the other models of `evaluate` come on top. So does "
+        f"`export`, on the host: it writes {4 * pruned / 1e9:.1f} GB in float32, and little more than a quarter of it "
+        "in int8:"
     )
     return f"{said}\n\n{table(rows, price)}"
 

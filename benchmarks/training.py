@@ -106,7 +106,9 @@ def measure_training(train: Callable[[], Any], tokens: int) -> dict[str, float]:
     }
 
 
-def train_q2t(folder: Path, rows: Sequence[Any], distil: bool, dtype: Any, **setup: Any) -> dict[str, float]:
+def train_q2t(
+    folder: Path, rows: Sequence[Any], distil: bool, dtype: Any, *, compiled: bool = False, **setup: Any
+) -> dict[str, float]:
     from torch import get_num_threads
 
     from q2t.config import Compute, load
@@ -119,6 +121,8 @@ def train_q2t(folder: Path, rows: Sequence[Any], distil: bool, dtype: Any, **set
         none = {name: getattr(rows[0], name)[:0] for name in ("top_ids", "top_logprobs", "tail_logprob")}
         rows = [replace(row, **none) for row in rows]
     model = load_model(STUDENT)
+    for layer in model.model.layers if compiled else ():
+        layer.compile(dynamic=True)
     compute = Compute(threads=get_num_threads(), dtype=dtype, device="cpu")
     places = {"checkpoints": folder / "checkpoints", "curve": folder / "curve.csv"}
     flops, tokens = needed(model, rows), sum(len(row.input_ids) for row in rows)

@@ -76,6 +76,14 @@ def test_documents_show_the_committed_benchmarks(benchmark, render, results, doc
     assert getattr(import_module(benchmark), render)(found).strip() in (ROOT / document).read_text()
 
 
+def test_every_method_lowers_its_own_loss_and_the_divergence_from_the_teacher(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    found = json.loads((ROOT / "benchmarks/results/methods.json").read_text())
+    assert found.keys() == import_module("methods").METHODS.keys()
+    for row in found.values():
+        assert row["loss_last"] < row["loss_first"] and row["kl_after"] < row["kl_before"]
+
+
 def test_the_document_shows_what_the_reference_case_needs_now(monkeypatch):
     """Computed from the profile and from what the GPU gave: nothing is stored in between."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
