@@ -23,6 +23,7 @@ import torch
 from q2t.config import Compute
 from q2t.deployment.onnx import export
 from q2t.deployment.runtime import Request, Runtime, load
+from q2t.determinism import seed_everything
 from q2t.evaluation.cost import machine
 from q2t.readme import fill
 from q2t.records import write_json
@@ -89,8 +90,8 @@ def main() -> None:
     from onnxruntime import SessionOptions
     from optimum.onnxruntime import ORTModelForCausalLM
 
-    torch.set_num_threads(given.threads)
     compute = Compute(threads=given.threads, dtype=given.dtype, device="cpu")
+    seed_everything(0, compute)  # as `generate` does
     runtime = load(given.model, compute)
     tokenizer = runtime.tokenizer
     tokenizer.padding_side = "left"
