@@ -65,7 +65,7 @@ def table(found: dict[str, Any]) -> str:
     settings, ways = found["settings"], found["ways"]
     lines = [
         f"{settings['answers']} answers of `{settings['model']}` in one batch, {settings['samples']} to each question, "
-        f"{settings['threads']} threads, {settings['dtype']}:",
+        f"{settings['threads']} threads, {settings['dtype']}, on {settings['machine']}:",
         "",
         "| Engine | Tokens a second | Against q2t's |",
         "|:--|--:|--:|",

@@ -81,7 +81,7 @@ def ask(arguments: argparse.Namespace) -> None:
     from q2t.determinism import seed_everything
 
     compute = Compute(threads=arguments.threads, dtype="float32", device="cpu")
-    seed_everything(0, compute)  # as `evaluate` does, whose words it gives
+    seed_everything(0, compute)  # as `evaluate` in float32, for the same words
     from q2t.deployment.runtime import load
 
     runtime = load(arguments.model, compute)

@@ -311,16 +311,17 @@ def test_measure_shows_cost_beside_what_is_known_and_logs_it(here, monkeypatch, 
 def test_ask_streams_the_answer(tmp_path, monkeypatch, capsys):
     runtime = ModuleType("runtime")
 
+    seeded = []
+
     def load(folder, compute):
+        assert seeded == ["float32"], "it keeps to the instructions that the stages keep to, and says so first"
         return SimpleNamespace(stream=lambda q, max_new_tokens: [q, " ", folder.name, f" {compute.threads}"])
 
     runtime.load = load
     monkeypatch.setitem(sys.modules, "q2t.deployment.runtime", runtime)
     monkeypatch.setattr("q2t.determinism.seed_everything", lambda seed, compute: seeded.append(compute.dtype))
-    seeded = []
     assert cli.main(["ask", "why?", "--model", str(tmp_path), "--threads", "1"]) == 0
     assert capsys.readouterr().out == f"why? {tmp_path.name} 1\n"
-    assert seeded == ["float32"], "it keeps to the instructions that the stages keep to"
 
 
 def test_ask_without_a_model_says_how_to_get_one(here, capsys):

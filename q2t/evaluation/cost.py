@@ -82,6 +82,8 @@ def measure_model(folder: Path, compute: Compute, questions: Sequence[str]) -> d
 
 
 def _measure_here(folder: Path, compute: Compute, questions: Sequence[str]) -> dict[str, float]:
+    seed_everything(0, compute)  # threads and instructions are those of the stages; before what reads them is loaded
+
     from q2t.deployment.runtime import load
 
     runtime = load(folder, compute)
@@ -114,7 +116,8 @@ def _ask(runtime: "Runtime", question: str) -> tuple[float, float]:
 
 
 def machine() -> str:
-    """What the timings were taken on: they differ elsewhere."""
+    """What the timings were taken on: they differ elsewhere. The instructions are those that it has; in float32 stages
+    keep to AVX2 (`q2t.determinism`)."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -122,7 +125,8 @@ def machine() -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = names[0] if names else platform.processor()
     cards = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    level = torch.backends.cpu.get_cpu_capability()
+    wide = any("avx512f" in line.split() for line in lines if line.startswith("flags"))
+    level = "AVX512" if wide else torch.backends.cpu.get_cpu_capability()
     return f"{os.cpu_count()} cores of {processor} ({level}){cards}, torch {torch.__version__}"
 
 
@@ -142,7 +146,5 @@ def peak_memory_mb() -> float:
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    compute = Compute(**request["compute"])
-    seed_everything(0, compute)  # threads and instructions are those of the stages
-    figures = _measure_here(Path(sys.argv[1]), compute, request["questions"])
+    figures = _measure_here(Path(sys.argv[1]), Compute(**request["compute"]), request["questions"])
     print(json.dumps(figures, sort_keys=True))

@@ -69,11 +69,17 @@ def launch(folder: Path, die_at: int = 0, sharded: bool = False, **more: Any) ->
     configuration = root / "q2t/launch" / ("fsdp2.yaml" if sharded else "ddp.yaml")
     # Port 0 is any that is free.
     how = ["--config_file", str(configuration), "--num_processes", "2", "--main_process_port", "0"]
-    starter = [sys.executable, "-m", "accelerate.commands.launch", *how]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *how]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [*starter, str(script), str(folder), str(here), str(die_at), json.dumps(more)]
-    # Processes that don't do the same steps wait for each other for good.
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    command = [*accelerate, str(script), str(folder), str(here), str(die_at), json.dumps(more)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as starter:
+        try:
+            out, error = starter.communicate(timeout=600)
+        except subprocess.TimeoutExpired:  # two processes that don't do the same steps wait for each other for good
+            os.killpg(starter.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, starter.returncode, out, error)
 
 
 def succeed(*given: Any, **named: Any) -> None:

@@ -53,9 +53,12 @@ def test_a_slow_start_is_no_slow_decoding(folder, monkeypatch):
     """Medians over the questions, the warm-up apart, of TOKENS tokens each."""
     times = iter([(9.0, 9.0), (0.1, 2.0), (0.2, 4.0), (0.3, 100.0)])
     monkeypatch.setattr(cost, "_ask", lambda runtime, question: next(times))
+    seeded: list = []  # for real it would hold for all tests of this process
+    monkeypatch.setattr(cost, "seed_everything", lambda seed, compute: seeded.append(compute))
     figures = cost._measure_here(folder / "onnx", COMPUTE, ["a", "b", "c"])
     assert figures["tokens_per_second"] == cost.TOKENS / 4
     assert figures["first_token_ms"] == 200.0
+    assert seeded == [COMPUTE], "threads and instructions are those of the stages"
 
 
 def test_a_process_that_fails_says_why(tmp_path):
