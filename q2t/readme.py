@@ -17,7 +17,8 @@ RUN, FULL_RUN = "reports/profiles/quickstart.run.json", "reports/profiles/full.t
 FULL = "reports/profiles/full.json"
 """The summary of profile `full`."""
 TIMES, BFLOAT16 = "reports/profiles/quickstart.times.json", "reports/profiles/bfloat16.times.json"
-"""What `q2t measure` found after a run of the quickstart, in float32 and in bfloat16, with the `commit` that it ran."""
+"""What `q2t measure` found after a run of the quickstart, in float32 and in bfloat16, with the `commit` that it ran; in
+float32 `models_commit` is the one that timed the models."""
 
 
 def fill(readme: Path, name: str, text: str) -> None:
@@ -60,7 +61,8 @@ def times(root: Path) -> str:
     """What the stages of the committed run took, and those of one in bfloat16, and what the former's models cost."""
     measured, other = _read(root, TIMES), _read(root, BFLOAT16)
     (minutes, memory), (faster, _) = _stages(measured), _stages(other)
-    lines = [f"On {measured['machine']}, at commit `{measured['commit']}`;"]
+    commits = f"at commit `{measured['commit']}`, models at `{measured['models_commit']}`"
+    lines = [f"On {measured['machine']}, {commits};"]
     lines += [f"bfloat16 on {other['machine']}, at commit `{other['commit']}`:", ""]
     lines += ["| Stage | Minutes | Peak memory | Minutes in bfloat16 |", "|:--|--:|--:|--:|"]
     for stage, taken in minutes.items():
