@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/training_profile.py
 
-writes benchmarks/results/training_profile.json, in about 5 minutes; torch.compile needs a C++ compiler. Model, rows and
+writes benchmarks/results/training_profile.json, in about 4 minutes; torch.compile needs a C++ compiler. Model, rows and
 settings are those of benchmarks/training.py, whose measurement `q2t_kd` this is: as it is, with its decoder layers
 compiled, and under torch.profiler. Speeds are of the second of two epochs, seconds of both; shares are of operators'
 own time in both, with the model's loading.

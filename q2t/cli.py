@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -76,12 +75,11 @@ def ablate(arguments: argparse.Namespace) -> None:
 def ask(arguments: argparse.Namespace) -> None:
     if not arguments.model.is_dir():
         raise ValueError(f"there is no model in {arguments.model}: run `dvc repro` or `dvc pull {arguments.model}`")
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of torch, which reads it when it is imported
     from q2t.config import Compute
     from q2t.determinism import seed_everything
 
     compute = Compute(threads=arguments.threads, dtype="float32", device="cpu")
-    seed_everything(0, compute)  # as `evaluate` in float32, for the same words
+    seed_everything(0, compute)  # threads, and the instructions that `evaluate` keeps to, for the same words
     from q2t.deployment.runtime import load
 
     runtime = load(arguments.model, compute)
